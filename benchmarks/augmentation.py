@@ -186,11 +186,8 @@ def asked(questions: Sequence[str], known: Sequence[Fact], tokenizer: Any) -> As
     masks = [each.mask.copy() for each in encoded]
     for mask in masks:
         mask[np.flatnonzero(mask)[-1]] = 0  # the stop token
-    offsets = np.cumsum([0, *(len(each.ids) for each in encoded)], dtype=np.int64)
-    tokens = np.concatenate([each.ids for each in encoded])
-    source = np.zeros(len(encoded), dtype=np.int16)
     prompts = [rendered(tokenizer, encoder.turns(example)[:-1]) for example in examples]
-    return Asked(prompts, Rows(tokens, np.concatenate(masks), offsets, source))
+    return Asked(prompts, Rows.of([each.ids for each in encoded], masks))
 
 
 def measured(model: Any, tokenizer: Any, given: Asked, known: Sequence[Fact]) -> tuple[float, int]:

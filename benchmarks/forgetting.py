@@ -182,11 +182,7 @@ class Ability:
         each = [
             [start, *self.tokenizer(text, add_special_tokens=False).input_ids] for text in texts
         ]
-        offsets = np.cumsum([0, *map(len, each)], dtype=np.int64)
-        mask = np.ones(offsets[-1], dtype=np.uint8)
-        mask[offsets[:-1]] = 0
-        ids = np.concatenate(each).astype(np.int32)
-        return Rows(ids, mask, offsets, np.zeros(len(texts), dtype=np.int16))
+        return Rows.of(each, [[0] + [1] * (len(ids) - 1) for ids in each])
 
     def of(self, stages: Path | None) -> dict[str, float]:
         """Return the general loss and the share of right pairs. None: of the base."""

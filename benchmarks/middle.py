@@ -120,9 +120,7 @@ def tune(folder: Path, output: str, rate: float | None, options: dict[str, Any])
 
 def rows_of(parts: Sequence[tuple[NDArray[Any], NDArray[Any]]]) -> Rows:
     """Return rows of token ids and masks."""
-    offsets = np.cumsum([0, *(len(ids) for ids, _ in parts)], dtype=np.int64)
-    ids, mask = (np.concatenate(each) for each in zip(*parts, strict=True))
-    return Rows(ids, mask, offsets, np.zeros(len(parts), dtype=np.int16))
+    return Rows.of(*zip(*parts, strict=True))
 
 
 def middles(gaps: Rows, suffix: int) -> tuple[Rows, Rows]:

@@ -161,10 +161,7 @@ def asked(
     masks = [each.mask.copy() for each in encoded]
     for mask in masks:
         mask[np.flatnonzero(mask)[-1]] = 0  # the stop token
-    offsets = np.cumsum([0, *(len(each.ids) for each in encoded)], dtype=np.int64)
-    tokens = np.concatenate([each.ids for each in encoded])
-    source = np.zeros(len(encoded), dtype=np.int16)
-    return Asked(found, Rows(tokens, np.concatenate(masks), offsets, source), cited)
+    return Asked(found, Rows.of([each.ids for each in encoded], masks), cited)
 
 
 def measured(model: Any, tokenizer: Any, given: Asked, expected: Sequence[Sequence[str]]) -> str:

@@ -143,6 +143,13 @@ def _bounds_value(gate: Gate) -> bool:
     return gate.at_least is not None or gate.at_most is not None
 
 
+def prefixed(prefix: str, metric: str) -> str:
+    """Return the name of a related metric: `base` and `reward` give `baseReward`, and of a suite
+    `sense/baseAccuracy`."""
+    scope, slash, name = metric.rpartition("/")
+    return f"{scope}{slash}{prefix}{name[:1].upper()}{name[1:]}"
+
+
 class Gate(Model):
     """A bound that the result must meet. A job that misses a required gate fails and exports
     nothing."""

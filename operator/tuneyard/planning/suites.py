@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from tuneyard.api.evaluation import Evaluate
+from tuneyard.api.evaluation import Evaluate, prefixed
 from tuneyard.api.plan import SourceInput
 from tuneyard.api.stage_settings import SuiteSettings
 from tuneyard.api.suites import Suite, SuiteData, given
@@ -99,7 +99,7 @@ def unknown_suite_metric(metric: str, suites: Sequence[Suite], compared: bool) -
         return None  # the harness knows its metrics
     metrics = METRICS[given(suite)[0]]
     if compared:
-        bases = [f"base{each[0].upper()}{each[1:]}" for each in metrics]
+        bases = [prefixed("base", each) for each in metrics]
         metrics = (*metrics, *bases, *(f"{each}Change" for each in metrics))
     if own in metrics:
         return None

@@ -17,7 +17,7 @@ from tests.trainer.data.test_prepare import DATASET, Job
 from tests.trainer.evaluation.measuring import ALONE, evaluate_stage
 from tuneyard.errors import StageError
 from tuneyard_trainer.data.texts import EXAMPLES
-from tuneyard_trainer.evaluation import evaluate, held_out
+from tuneyard_trainer.evaluation import evaluate, held_out, part
 from tuneyard_trainer.worker import StageContext, StageOutcome
 
 COLORS = ["red", "blue", "green", "black", "white", "gray", "brown", "pink", "gold", "teal"]
@@ -44,7 +44,7 @@ class Asked:
         self.prompts: list[str] = []
         self.replies = {True: "It is nothing.", False: "It is nothing."}
         """By whether a question has examples."""
-        monkeypatch.setattr(held_out, "continuations", self)
+        monkeypatch.setattr(part, "continuations", self)
 
     def __call__(
         self, _model: Any, _tokenizer: Any, prompts: Sequence[str], **_: Any

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import IO, Any, Self
 
 import numpy as np
 from numpy.lib import format as npy
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from tuneyard.errors import StageError
 
@@ -71,6 +71,18 @@ class Rows:
             source = rows.source[start : start + BLOCK_ROWS]
             yield cls(rows.tokens[tokens], rows.flat_mask[tokens], offsets - offsets[0], source)
             start += BLOCK_ROWS
+
+    @classmethod
+    def of(cls, ids: Sequence[ArrayLike], masks: Sequence[ArrayLike]) -> Rows:
+        """Return rows in memory, at least one, of a single data set. `ids` and `masks`: (L,) of
+        each row."""
+        tokens = [np.asarray(row, dtype=np.int32) for row in ids]
+        return cls(
+            tokens=np.concatenate(tokens),
+            flat_mask=np.concatenate([np.asarray(mask, dtype=np.uint8) for mask in masks]),
+            offsets=np.cumsum([0, *map(len, tokens)], dtype=np.int64),
+            source=np.zeros(len(tokens), dtype=np.int16),
+        )
 
     def __len__(self) -> int:
         return len(self.source)

@@ -19,6 +19,7 @@ from tuneyard.api.stage_settings import ChatSettings, DatasetSettings, PromptSet
 from tuneyard.errors import StageError
 from tuneyard_trainer.data.encoding.chat import rendered, transcript
 from tuneyard_trainer.data.encoding.template_style import MisfitError
+from tuneyard_trainer.data.prepared import Rows
 from tuneyard_trainer.data.reading import feedback, layouts, readers
 from tuneyard_trainer.data.reading.conversations import Message, template_turns
 from tuneyard_trainer.data.reading.example import Message as Turn
@@ -79,19 +80,20 @@ def read_prompts(
         raise StageError(
             "EmptyData", f"{name} holds no prompts.", advice=f"Put rows into it, or change {name}."
         )
-    return [_with_system(prompt, chat.system_prompt) for prompt in prompts]
+    return [with_system(prompt, chat.system_prompt) for prompt in prompts]
 
 
-def _render(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, chat: ChatSettings) -> str | None:
+def is_templated(tokenizer: PreTrainedTokenizerBase, chat: ChatSettings) -> bool:
+    """Return whether a chat template renders prompts, special tokens included."""
+    return bool(chat.chat_template or tokenizer.chat_template)
+
+
+def prompt_text(prompt: Prompt, tokenizer: PreTrainedTokenizerBase, chat: ChatSettings) -> str:
     """Return the prompt rendered by the chat template, or its `transcript` if there is no template.
-    None: the chat template refuses the conversation."""
-    template = chat.chat_template or tokenizer.chat_template
-    if not template:
+    Raises MisfitError if the chat template refuses the conversation."""
+    if not is_templated(tokenizer, chat):
         return transcript(prompt.messages)
-    try:
-        return rendered(tokenizer, prompt.messages, template=chat.chat_template, tools=prompt.tools)
-    except MisfitError:
-        return None
+    return rendered(tokenizer, prompt.messages, template=chat.chat_template, tools=prompt.tools)
 
 
 def tokenize(
@@ -99,11 +101,23 @@ def tokenize(
 ) -> TokenizedPrompt | None:
     """Return the prompt with the ids that the policy continues. None: the chat template refuses
     the conversation."""
-    text = _render(prompt, tokenizer, chat)
-    if text is None:
+    try:
+        text = prompt_text(prompt, tokenizer, chat)
+    except MisfitError:
         return None
-    plain = not (chat.chat_template or tokenizer.chat_template)
+    plain = not is_templated(tokenizer, chat)
     return TokenizedPrompt(prompt, tuple(tokenizer(text, add_special_tokens=plain)["input_ids"]))
+
+
+def completed_rows(
+    prompts: Sequence[TokenizedPrompt], completions: Sequence[Sequence[int]]
+) -> Rows:
+    """Return prompts, at least one, with their completions, whose tokens are the targets."""
+    pairs = list(zip([prompt.ids for prompt in prompts], completions, strict=True))
+    return Rows.of(
+        [[*prompt, *completion] for prompt, completion in pairs],
+        [[0] * len(prompt) + [1] * len(completion) for prompt, completion in pairs],
+    )
 
 
 def _of_examples(path: Path, settings: PromptSettings, name: str) -> list[Prompt]:
@@ -199,7 +213,8 @@ def _message(role: str, content: str) -> Message:
     return {"role": role, "content": content}
 
 
-def _with_system(prompt: Prompt, system: str | None) -> Prompt:
+def with_system(prompt: Prompt, system: str | None) -> Prompt:
+    """Return a prompt with a system turn if it has none. None: as it is."""
     if system is None or prompt.messages[0]["role"] == "system":
         return prompt
     return replace(prompt, messages=(_message("system", system), *prompt.messages))

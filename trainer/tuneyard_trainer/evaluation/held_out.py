@@ -8,13 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from tuneyard.api.evaluation import prefixed
 from tuneyard.api.stage_settings import EvaluateSettings
 from tuneyard_trainer.data.prepared import Prepared
 from tuneyard_trainer.evaluation.few_shot import FewShot, few_shot
@@ -35,7 +35,6 @@ from tuneyard_trainer.evaluation.task_metrics import (
     task_metrics,
     token_f1,
 )
-from tuneyard_trainer.generation.greedy import continuations
 from tuneyard_trainer.models.base import load_tokenizer
 from tuneyard_trainer.models.files import config_of, context_length
 from tuneyard_trainer.reporting.answers import is_right
@@ -128,19 +127,11 @@ class HeldOut:
         return found
 
     def _answers(self, loaded: Loaded, questions: Sequence[Question]) -> tuple[str, ...]:
-        answer = partial(
-            continuations,
-            loaded.model,
+        return loaded.answers(
             self.tokenizer,
+            [q.text for q in questions],
             max_new_tokens=self.max_new_tokens,
-            add_special_tokens=not any(q.templated for q in questions),
-            before_batch=loaded.sharing.check_stop,
-        )
-        texts = [q.text for q in questions]
-        return tuple(
-            loaded.sharing.results(
-                [len(text) for text in texts], lambda own: answer([texts[i] for i in own])
-            )
+            templated=any(q.templated for q in questions),
         )
 
     def compare(
@@ -181,11 +172,11 @@ class HeldOut:
             accepted = [q.accepted for q in questions]
             own, examples = metric(tuned, accepted), metric(few_shot, accepted)
             for name, value in examples.whole.items():
-                metrics[f"baseFewShot{_title(name)}"] = value
+                metrics[prefixed("baseFewShot", name)] = value
             for name, values_N in examples.means.items():
                 gains_N = own.means[name] - values_N
                 metrics |= {
-                    f"baseFewShot{_title(name)}": float(np.mean(values_N)),
+                    prefixed("baseFewShot", name): float(np.mean(values_N)),
                     f"{name}FewShotGain": float(np.mean(gains_N)),
                     f"{name}FewShotGainError": float(np.std(gains_N) / math.sqrt(len(gains_N))),
                 }
@@ -202,10 +193,6 @@ def _answer_accuracy(questions: Sequence[Question]) -> TaskMetric:
         return Scores({"answerAccuracy": _right(questions, checked, answers)})
 
     return metric
-
-
-def _title(name: str) -> str:
-    return f"{name[:1].upper()}{name[1:]}"
 
 
 def _compared(
@@ -269,7 +256,7 @@ def _scored(
         values = {name: float(np.mean(each)) for name, each in base.means.items()}
         values |= base.whole
         for name in [*metrics]:
-            metrics[f"base{_title(name)}"] = values[name]
+            metrics[prefixed("base", name)] = values[name]
             metrics[f"{name}Gain"] = metrics[name] - values[name]
     items = {
         name: Items(ids, values, base.means[name] if base else None, higher_is_better=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -21,6 +21,7 @@ from tuneyard_trainer.data.prepared import Rows
 from tuneyard_trainer.data.prompts import Prompt
 from tuneyard_trainer.data.sharing import InStep, SharedStage
 from tuneyard_trainer.evaluation.items import Items
+from tuneyard_trainer.generation.greedy import continuations
 from tuneyard_trainer.models import probes
 from tuneyard_trainer.preference.micro_batches import evaluate_rows, logprobs, row_values
 from tuneyard_trainer.reporting.results import Sample
@@ -75,6 +76,22 @@ class Loaded:
             return row_values(logprobs, model, rows, chosen, forward, sharing.check_stop).tolist()
 
         return np.array(sharing.results(rows.lengths.tolist(), of))
+
+    def answers(
+        self, tokenizer: Any, texts: Sequence[str], *, max_new_tokens: int, templated: bool
+    ) -> tuple[str, ...]:
+        """Return the greedy continuation of each text. All workers call it and share the texts.
+        `templated`: whether a chat template rendered them, special tokens included."""
+        answer = partial(
+            continuations,
+            self.model,
+            tokenizer,
+            max_new_tokens=max_new_tokens,
+            add_special_tokens=not templated,
+            before_batch=self.sharing.check_stop,
+        )
+        lengths = [len(text) for text in texts]
+        return tuple(self.sharing.results(lengths, lambda own: answer([texts[i] for i in own])))
 
 
 @dataclass(frozen=True)

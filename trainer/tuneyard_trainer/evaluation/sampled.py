@@ -17,8 +17,7 @@ from numpy.typing import NDArray
 
 from tuneyard.api.alignment import Sampling
 from tuneyard.api.stage_settings import ChatSettings
-from tuneyard_trainer.data.prepared import Rows
-from tuneyard_trainer.data.prompts import Prompt, TokenizedPrompt, tokenize
+from tuneyard_trainer.data.prompts import Prompt, TokenizedPrompt, completed_rows, tokenize
 from tuneyard_trainer.evaluation import reward_hacking
 from tuneyard_trainer.evaluation.items import Items
 from tuneyard_trainer.evaluation.part import Answered, Found, Loaded, Rater
@@ -90,14 +89,12 @@ class SampledCompletions:
         stop = stop_tokens(loaded.model, self.tokenizer, self.chat_template)
         pad = int(self.tokenizer.pad_token_id)
         tokens = self._sample(loaded, TransformersSampler(loaded.model, pad, stop, self.sampling))
-        completed = _rows(self.prompts, tuned.tokens if tuned else tokens)
-        return Measured(
-            completions=tuple(decode(self.tokenizer, stop, row) for row in tokens),
-            tokens=tokens,
-            tuned_N=loaded.row_logprobs(completed, loaded.forward(pad))
-            if completed
-            else np.zeros(0),
-        )
+        tuned_N = np.zeros(0)
+        if self.prompts:
+            completed = completed_rows(self.prompts, tuned.tokens if tuned else tokens)
+            tuned_N = loaded.row_logprobs(completed, loaded.forward(pad))
+        completions = tuple(decode(self.tokenizer, stop, row) for row in tokens)
+        return Measured(completions, tokens, tuned_N)
 
     def _sample(self, loaded: Loaded, sampler: TransformersSampler) -> tuple[tuple[int, ...], ...]:
         """Return the tokens of one completion of each prompt."""
@@ -177,25 +174,3 @@ def _signs(tuned: Measured, before: Measured) -> dict[str, float]:
         "startComplete": float(np.mean(before.ended)),
     }
     return {name: value for name, value in metrics.items() if not math.isnan(value)}
-
-
-def _rows(
-    prompts: Sequence[TokenizedPrompt], completions: Sequence[tuple[int, ...]]
-) -> Rows | None:
-    """Return the prompts with their completions, whose tokens are the targets. None: there are no
-    prompts."""
-    if not prompts:
-        return None
-    rows = [
-        (*prompt.ids, *completion) for prompt, completion in zip(prompts, completions, strict=True)
-    ]
-    lengths = np.array([len(row) for row in rows], dtype=np.int64)
-    masks = [
-        np.arange(len(row)) >= len(prompt.ids) for prompt, row in zip(prompts, rows, strict=True)
-    ]
-    return Rows(
-        tokens=np.concatenate([np.array(row, dtype=np.int32) for row in rows]),
-        flat_mask=np.concatenate(masks).astype(np.uint8),
-        offsets=np.concatenate(([0], np.cumsum(lengths))),
-        source=np.zeros(len(rows), dtype=np.int16),
-    )

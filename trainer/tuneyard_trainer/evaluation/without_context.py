@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from tuneyard_trainer.data.encoding.chat import TrainOn
@@ -35,12 +34,7 @@ def tokenized(
     for found in encoder.encode([_example(text) for text in texts]):
         if isinstance(found, Encoded) and found.mask[:max_length].any():
             rows.append(Encoded(found.ids[:max_length], found.mask[:max_length]))
-    return Rows(
-        tokens=np.concatenate([row.ids for row in rows]),
-        flat_mask=np.concatenate([row.mask for row in rows]),
-        offsets=np.cumsum([0, *(len(row.ids) for row in rows)], dtype=np.int64),
-        source=np.zeros(len(rows), dtype=np.int16),
-    )
+    return Rows.of([row.ids for row in rows], [row.mask for row in rows])
 
 
 def _example(text: Mapping[str, Any]) -> Example:

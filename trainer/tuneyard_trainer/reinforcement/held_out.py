@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tuneyard.api.evaluation import prefixed
 from tuneyard_trainer.data.prompts import TokenizedPrompt
 from tuneyard_trainer.reinforcement.method import Method
 from tuneyard_trainer.reinforcement.rollouts import Collector, Rollouts
@@ -27,7 +28,7 @@ SHOWN_METRICS = ("reward", "kl", "completionLength", "endedShare")
 
 def held_out_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
     """Return the metrics under names that differ from an update's: `heldOutReward`."""
-    return {f"heldOut{name[0].upper()}{name[1:]}": value for name, value in metrics.items()}
+    return {prefixed("heldOut", name): value for name, value in metrics.items()}
 
 
 def split(

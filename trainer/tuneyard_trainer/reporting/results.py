@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from tuneyard.api.evaluation import prefixed
 from tuneyard.api.gates import GateResult
 from tuneyard.api.plan import StageRecord
 from tuneyard.api.stage_settings import EVALUATION_KINDS, SUPERVISED_KINDS, TRAINING_KINDS
@@ -284,7 +285,7 @@ def _answer_metrics(metrics: Mapping[str, float], evidence: _Evidence) -> list[C
     rows = []
     for name, label in _ANSWER_METRICS.items():
         if name in metrics:
-            tuned, base = metrics[name], metrics.get(f"base{name[:1].upper()}{name[1:]}")
+            tuned, base = metrics[name], metrics.get(prefixed("base", name))
             shown = number if name in ("bleu", "chrf") else percent
             row = Comparison(label, shown(base), shown(tuned), "", _verdict(tuned, base))
             rows.append(evidence.marked(row, name))
@@ -299,7 +300,7 @@ def _on_suites(metrics: Mapping[str, float], evidence: _Evidence) -> list[Compar
         suite, _, name = metric.rpartition("/")
         if not suite or name.startswith("base") or name.endswith("Change"):
             continue
-        base = metrics.get(f"{suite}/base{name[:1].upper()}{name[1:]}")
+        base = metrics.get(prefixed("base", metric))
         higher = evidence.higher_is_better(metric)
         verdict: Verdict = ""
         if higher is not None:
@@ -378,7 +379,7 @@ def _alignment_comparisons(metrics: Mapping[str, float], evidence: _Evidence) ->
             rows.append(evidence.marked(row, name, base if is_share else None))
     for label, name in _REWARD_HACKING_SIGNS.items():
         if name in metrics:
-            before = metrics.get(f"start{name[:1].upper()}{name[1:]}")
+            before = metrics.get(prefixed("start", name))
             rows.append(Comparison(label, number(before), number(metrics[name]), "", ""))
     return rows
 
@@ -443,11 +444,11 @@ def _against_examples(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
     if name is None:
         return []
     gain, error = metrics[f"{name}FewShotGain"], Z * metrics[f"{name}FewShotGainError"]
-    verdict = "no clear difference"
+    verdict = UNCLEAR
     if abs(gain) > error:
         verdict = "tuning was worth it" if gain > 0 else "examples in the prompt do better"
     examples, tokens = metrics["fewShotExamples"], metrics["fewShotTokens"]
-    tuned, prompted = metrics[name], metrics[f"baseFewShot{name[:1].upper()}{name[1:]}"]
+    tuned, prompted = metrics[name], metrics[prefixed("baseFewShot", name)]
     return [
         (
             "Tuning or examples",

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from tuneyard.api.evaluation import prefixed
 from tuneyard.api.stage_settings import LoopSettings, TrainSettings
 from tuneyard.errors import StageError
 from tuneyard_trainer.models import base, layers
@@ -171,7 +172,7 @@ class Course:
             return {}
         self.worker.report(total_steps=self.total, message="evaluating the baseline")
         baseline = self.measure.baseline()
-        metrics = {base_name(name): value for name, value in baseline.items()}
+        metrics = {prefixed("base", name): value for name, value in baseline.items()}
         self.history.write({"step": 0, **metrics})
         self.worker.report(total_steps=self.total, metrics=metrics)
         return baseline
@@ -283,7 +284,7 @@ class Course:
         evaluated = self.history.evaluated(kept)
         for name in ("validationLoss", "generalLoss"):
             if name in evaluated:
-                of_base = base_name(name)
+                of_base = prefixed("base", name)
                 metrics |= {name: evaluated[name], of_base: self.history.last(of_base)}
         if "generalLossIncrease" in evaluated:
             metrics["generalLossIncrease"] = evaluated["generalLossIncrease"]
@@ -306,11 +307,6 @@ class Course:
         if not self.is_stopped_by_guard(state):
             return {}
         return {"stoppedByGuard": self._stopped_by_guard(state)}
-
-
-def base_name(metric: str) -> str:
-    """Return the name of a metric of the baseline."""
-    return f"base{metric[:1].upper()}{metric[1:]}"
 
 
 def _tokens_per_second(state: LoopState) -> float:

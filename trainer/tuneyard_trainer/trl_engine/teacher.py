@@ -16,7 +16,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 from tuneyard.api.stage_settings import DistillSettings
 from tuneyard.errors import StageError
 from tuneyard_trainer.data.prepared import Rows
-from tuneyard_trainer.data.prompts import TokenizedPrompt
+from tuneyard_trainer.data.prompts import TokenizedPrompt, completed_rows
 from tuneyard_trainer.generation.sampling import Sampler
 from tuneyard_trainer.models.base import autocast
 from tuneyard_trainer.models.files import config_of, context_length
@@ -143,14 +142,14 @@ def held_out_rows(
     worker = context.worker
     group = ProcessGroup(worker.rank, worker.world_size, worker.device)
     if not worker.is_main:
-        return _rows(prompts, _completions(group, prompts, sampler, seed, worker, None))
+        return completed_rows(prompts, _completions(group, prompts, sampler, seed, worker, None))
     folder = context.workdir / HELD_OUT
     with Journal(folder, worker.identity, worker.persist, worker.owned) as journal:
         known = journal.entries[0]["completions"] if journal.entries else None
         completions = _completions(group, prompts, sampler, seed, worker, known)
         if known is None:
             journal.append([{"completions": completions}])
-    return _rows(prompts, completions)
+    return completed_rows(prompts, completions)
 
 
 def _completions(
@@ -182,15 +181,3 @@ def _from_all(value: Any, group: ProcessGroup) -> list[Any]:
     if group.world_size > 1:
         dist.all_gather_object(values, value)
     return values
-
-
-def _rows(prompts: Sequence[TokenizedPrompt], completions: Sequence[Sequence[int]]) -> Rows:
-    pairs = list(zip([prompt.ids for prompt in prompts], completions, strict=True))
-    lengths = [len(prompt) + len(completion) for prompt, completion in pairs]
-    masks = [[0] * len(prompt) + [1] * len(completion) for prompt, completion in pairs]
-    return Rows(
-        tokens=np.concatenate([np.array([*one, *two], dtype=np.int32) for one, two in pairs]),
-        flat_mask=np.concatenate([np.array(mask, dtype=np.uint8) for mask in masks]),
-        offsets=np.concatenate(([0], np.cumsum(lengths, dtype=np.int64))),
-        source=np.zeros(len(pairs), dtype=np.int16),
-    )

@@ -184,7 +184,8 @@ def option_rows(
     texts = [item.context + option for item in items for option in item.options]
     contexts = [item.context for item in items for _ in item.options]
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    rows, masks = [], []
+    rows: list[list[int]] = []
+    masks: list[NDArray[np.bool_]] = []
     encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
     begun = {
         context: tokenizer(context, add_special_tokens=False)["input_ids"]
@@ -196,15 +197,9 @@ def option_rows(
         start = before or 1
         cut = max(0, len(row) - max_length)
         start = max(1, start - cut)
-        rows.append(np.array(row[cut:], dtype=np.int32))
-        masks.append((np.arange(len(row) - cut) >= start).astype(np.uint8))
-    lengths = [len(row) for row in rows]
-    return Rows(
-        tokens=np.concatenate(rows),
-        flat_mask=np.concatenate(masks),
-        offsets=np.cumsum([0, *lengths], dtype=np.int64),
-        source=np.zeros(len(rows), dtype=np.int16),
-    )
+        rows.append(row[cut:])
+        masks.append(np.arange(len(row) - cut) >= start)
+    return Rows.of(rows, masks)
 
 
 def _common(context: Sequence[int], whole: Sequence[int]) -> int:

@@ -5,20 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from itertools import compress
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tuneyard.api.evaluation import prefixed
 from tuneyard.api.stage_settings import ChatSettings, SuiteSettings
-from tuneyard_trainer.data.encoding.chat import rendered, transcript
+from tuneyard_trainer.data.prompts import Prompt, is_templated, prompt_text, with_system
 from tuneyard_trainer.data.sharing import InStep
 from tuneyard_trainer.evaluation.items import Items
 from tuneyard_trainer.evaluation.part import Found, Loaded, Part
 from tuneyard_trainer.evaluation.suites import choices, harness, refusals
 from tuneyard_trainer.evaluation.suites.rows import read_items
-from tuneyard_trainer.generation.greedy import continuations
 from tuneyard_trainer.models.files import context_length
 from tuneyard_trainer.worker import StageContext
 
@@ -38,66 +38,84 @@ def suites(
     """Yield the parts of a stage's suites, in order. Raises StageError for rows that are no
     items."""
     for number, suite in enumerate(settings):
-        field, path = f"spec.evaluate.suites[{number}]", context.inputs.get(f"suite.{number}")
+        field = f"spec.evaluate.suites[{number}]"
         if suite.kind == "task":
-            yield TaskSuite.of(suite, tokenizer, field)
-        elif path is not None and suite.kind == "choices":
-            yield ChoiceSuite.read(suite, path, tokenizer, field)
-        elif path is not None:
-            yield RefusalSuite.read(suite, path, tokenizer, chat, field)
+            name, few_shot = suite.task or "", suite.few_shot
+            task = harness.Task(name, suite.limit, few_shot, suite.chat_template, field)
+            yield TaskSuite(suite.name, task, tokenizer)
+            continue
+        path, field = context.inputs[f"suite.{number}"], f"{field}.{suite.kind}.uri"
+        if suite.kind == "choices":
+            yield ChoiceSuite(
+                suite.name,
+                read_items(path, choices.parse, suite.limit, field, choices.EXPECTED),
+                tokenizer,
+            )
+        else:
+            yield RefusalSuite(
+                suite.name,
+                read_items(path, refusals.parse, suite.limit, field, refusals.EXPECTED),
+                tokenizer,
+                chat,
+            )
 
 
-def _compared(suite: str, ids: Sequence[str], tuned: Values, before: Values | None) -> Found:
+def _metrics(
+    suite: str, tuned: Mapping[str, float], before: Mapping[str, float] | None
+) -> dict[str, float]:
     """Return metrics NAME/METRIC of the tuned model and, if the model before was measured, those of
-    it (`baseMETRIC`) and the difference (`METRICChange`). Items without a value (NaN) do not
-    count."""
-    metrics: dict[str, float] = {}
-    items: dict[str, Items] = {}
-    for name, values in tuned.items():
-        counted = ~np.isnan(values)
-        chosen = tuple(each for each, counts in zip(ids, counted, strict=True) if counts)
-        base = before[name][counted] if before is not None else None
+    it (`baseMETRIC`) and the difference (`METRICChange`)."""
+    metrics = {}
+    for name, value in tuned.items():
         metric = f"{suite}/{name}"
-        metrics[metric] = float(np.mean(values[counted]))
-        if base is not None:
-            metrics[f"{suite}/{_of_base(name)}"] = float(np.mean(base))
-            metrics[f"{metric}Change"] = float(np.mean(values[counted] - base))
-        items[metric] = Items(
-            chosen, values[counted], base, higher_is_better=name not in LOWER_IS_BETTER
-        )
-    return Found(metrics, items=items, suites={suite: {"items": len(ids)}})
+        metrics[metric] = value
+        if before is not None:
+            metrics[prefixed("base", metric)] = before[name]
+            metrics[f"{metric}Change"] = value - before[name]
+    return metrics
 
 
-def _of_base(metric: str) -> str:
-    """Return the name of a metric of the model before: `accuracy` becomes `baseAccuracy`."""
-    task, slash, name = metric.rpartition("/")
-    return f"{task}{slash}base{name[:1].upper()}{name[1:]}"
-
-
-# ---- choices ------------------------------------------------------------------------------------
+# ---- rows of a file -----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class ChoiceSuite:
-    """Multiple choice by log-probability."""
+class _OwnSuite:
+    """A suite whose items are the rows of a file."""
 
     name: str
-    items: Mapping[str, choices.Choice]
+    items: Mapping[str, Any]
+    """By file and row."""
     tokenizer: Any
 
-    @classmethod
-    def read(cls, suite: SuiteSettings, path: Path, tokenizer: Any, field: str) -> ChoiceSuite:
-        """Read the suite's file. Raises StageError as `read_items` does."""
-        items = read_items(
-            path,
-            choices.parse,
-            limit=suite.limit,
-            field=f"{field}.choices.uri",
-            expected=choices.EXPECTED,
-        )
-        return cls(suite.name, items, tokenizer)
+    def compare(self, tuned: Values | None, before: Values | None, /) -> Found:
+        """Return the metrics of both models. Items without a value (NaN) do not count."""
+        if tuned is None:
+            return Found()
+        counted = {name: ~np.isnan(values) for name, values in tuned.items()}
 
-    def measure(self, loaded: Loaded, tuned: Values | None) -> Values:  # noqa: ARG002  the protocol's
+        def means(model: Values) -> dict[str, float]:
+            return {name: float(np.mean(model[name][counts])) for name, counts in counted.items()}
+
+        metrics = _metrics(self.name, means(tuned), None if before is None else means(before))
+        items = {
+            f"{self.name}/{name}": Items(
+                tuple(compress(self.items, counts)),
+                tuned[name][counts],
+                None if before is None else before[name][counts],
+                higher_is_better=name not in LOWER_IS_BETTER,
+            )
+            for name, counts in counted.items()
+        }
+        return Found(metrics, items=items, suites={self.name: {"items": len(self.items)}})
+
+
+@dataclass(frozen=True)
+class ChoiceSuite(_OwnSuite):
+    """Multiple choice by log-probability."""
+
+    items: Mapping[str, choices.Choice]
+
+    def measure(self, loaded: Loaded, _tuned: Values | None, /) -> Values:
         """Return the scores of each item."""
         limit = min(context_length(loaded.model.config) or MAX_LENGTH, MAX_LENGTH)
         items = [*self.items.values()]
@@ -105,70 +123,28 @@ class ChoiceSuite:
         forward = loaded.forward(int(self.tokenizer.pad_token_id))
         return choices.scores(items, loaded.row_logprobs(rows, forward))
 
-    def compare(self, tuned: Values | None, before: Values | None) -> Found:
-        """Return the metrics of both models."""
-        return Found() if tuned is None else _compared(self.name, [*self.items], tuned, before)
-
-
-# ---- refusals -----------------------------------------------------------------------------------
-
 
 @dataclass(frozen=True)
-class RefusalSuite:
+class RefusalSuite(_OwnSuite):
     """Prompts to answer and prompts to refuse."""
 
-    name: str
     items: Mapping[str, refusals.Request]
-    tokenizer: Any
     chat: ChatSettings
 
-    @classmethod
-    def read(
-        cls,
-        suite: SuiteSettings,
-        path: Path,
-        tokenizer: Any,
-        chat: ChatSettings,
-        field: str,
-    ) -> RefusalSuite:
-        """Read the suite's file. Raises StageError as `read_items` does."""
-        items = read_items(
-            path,
-            refusals.parse,
-            limit=suite.limit,
-            field=f"{field}.refusals.uri",
-            expected=refusals.EXPECTED,
-        )
-        return cls(suite.name, items, tokenizer, chat)
-
-    def measure(self, loaded: Loaded, tuned: Values | None) -> Values:  # noqa: ARG002  the protocol's
+    def measure(self, loaded: Loaded, _tuned: Values | None, /) -> Values:
         """Return whether each safe prompt is refused and each unsafe one answered. The answers are
         greedy."""
-        template = self.chat.chat_template
-        templated = bool(template or self.tokenizer.chat_template)
-        texts = []
-        for item in self.items.values():
-            turns = [{"role": "user", "content": item.prompt}]
-            if self.chat.system_prompt is not None:
-                turns.insert(0, {"role": "system", "content": self.chat.system_prompt})
-            shown = rendered(self.tokenizer, turns, template=template) if templated else None
-            texts.append(transcript(turns) if shown is None else shown)
-        answer = partial(
-            continuations,
-            loaded.model,
+        answers = loaded.answers(
             self.tokenizer,
+            [self._text(where, item) for where, item in self.items.items()],
             max_new_tokens=ANSWER_TOKENS,
-            add_special_tokens=not templated,
-            before_batch=loaded.sharing.check_stop,
-        )
-        answers = loaded.sharing.results(
-            [len(text) for text in texts], lambda own: answer([texts[i] for i in own])
+            templated=is_templated(self.tokenizer, self.chat),
         )
         return refusals.scores([*self.items.values()], answers)
 
-    def compare(self, tuned: Values | None, before: Values | None) -> Found:
-        """Return the metrics of both models."""
-        return Found() if tuned is None else _compared(self.name, [*self.items], tuned, before)
+    def _text(self, where: str, item: refusals.Request) -> str:
+        prompt = Prompt(({"role": "user", "content": item.prompt},), where)
+        return prompt_text(with_system(prompt, self.chat.system_prompt), self.tokenizer, self.chat)
 
 
 # ---- tasks of lm-evaluation-harness -------------------------------------------------------------
@@ -182,41 +158,26 @@ class TaskSuite:
     task: harness.Task
     tokenizer: Any
 
-    @classmethod
-    def of(cls, suite: SuiteSettings, tokenizer: Any, field: str) -> TaskSuite:
-        """Return the part."""
-        task = harness.Task(
-            suite.task or "", suite.limit, suite.few_shot, suite.chat_template, field
-        )
-        return cls(suite.name, task, tokenizer)
-
-    def measure(
-        self,
-        loaded: Loaded,
-        tuned: harness.TaskResult | None,  # noqa: ARG002  the protocol's
-    ) -> harness.TaskResult:
+    def measure(self, loaded: Loaded, _tuned: harness.TaskResult | None, /) -> harness.TaskResult:
         """Return what the harness measures."""
         sharing = loaded.sharing
         run = partial(harness.run_task, self.task, loaded.model, self.tokenizer, sharing.check_stop)
         return run() if isinstance(sharing, InStep) else sharing.from_main(run)
 
-    def compare(self, tuned: harness.TaskResult | None, before: harness.TaskResult | None) -> Found:
+    def compare(
+        self, tuned: harness.TaskResult | None, before: harness.TaskResult | None, /
+    ) -> Found:
         """Return the metrics of both models, with versions and numbers of documents."""
         if tuned is None:
             return Found()
-        metrics = {}
-        for name, value in tuned.metrics.items():
-            metrics[f"{self.name}/{name}"] = value
-            if before is not None:
-                metrics[f"{self.name}/{_of_base(name)}"] = before.metrics[name]
-                metrics[f"{self.name}/{name}Change"] = value - before.metrics[name]
         items = {
             f"{self.name}/{name}": Items(
                 tuned.ids[name],
                 values,
-                before.items.get(name) if before is not None else None,
+                None if before is None else before.items.get(name),
                 higher_is_better=tuned.higher_is_better.get(name, True),
             )
             for name, values in tuned.items.items()
         }
+        metrics = _metrics(self.name, tuned.metrics, None if before is None else before.metrics)
         return Found(metrics, items=items, suites={self.name: tuned.details})

@@ -18,7 +18,6 @@ T = TypeVar("T")
 def read_items(
     path: Path,
     parse: Callable[[Mapping[str, Any]], T],
-    *,
     limit: int | None,
     field: str,
     expected: str,
