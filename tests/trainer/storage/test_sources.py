@@ -115,12 +115,23 @@ class TestClaims:
         assert refusal(here, "pvc://data/b.jsonl").reason == "SourceNotFound"
 
     def test_a_path_that_leaves_the_claim_is_refused(
-        self, here: Path, monkeypatch: pytest.MonkeyPatch
+        self, here: Path, monkeypatch: pytest.MonkeyPatch, uri: str
     ) -> None:
+    @pytest.mark.parametrize(
+        "uri",
+        [
+            "pvc://mine/../theirs/a.jsonl",
+            "pvc://mine/%2e%2e/theirs/a.jsonl",
+            "pvc://mine/%2e%2e%2ftheirs/a.jsonl",
+            "pvc://../mnt/theirs/a.jsonl",
+        ],
+    )
         monkeypatch.setattr(sources, "PVC_ROOT", here / "mnt")
         put(here / "mnt/mine/a.jsonl")
         put(here / "mnt/theirs/a.jsonl")
-        assert refusal(here, "pvc://mine/../theirs/a.jsonl").reason == "SourceNotFound"
+        error = refusal(here, uri)
+        assert error.reason == "SourceNotFound"
+        assert "is outside of the claim" in error.message
 
     def test_a_claim_without_a_cluster_is_an_error_that_suggests_a_file_uri(
         self, here: Path

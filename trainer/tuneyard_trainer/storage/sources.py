@@ -129,13 +129,13 @@ def _mounted(source: SourceInput, rest: str, kind: Kind) -> Path:
     claim, _, inside = rest.partition("/")
     volume = PVC_ROOT / claim
     if not volume.is_dir():
+    if ".." in Path(unquote(rest)).parts:  # also as %2e%2e, which `_local` reads as dots
+        raise FileNotFoundError(f"{rest} is outside of the claim")
         raise StageError(
             "SourceUnavailable",
             f"{source.uri}: the claim is not mounted at {volume}; pvc:// sources need a cluster.",
             advice=f"On one machine, set {_field(source, 'uri')} to a file:// URI.",
         )
-    if ".." in Path(inside).parts:
-        raise FileNotFoundError(f"{inside} is outside of the claim")
     return _local(volume / inside, kind)
 
 
