@@ -8,13 +8,16 @@ import os
 import shutil
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import aiohttp
 import huggingface_hub
 import pytest
 from huggingface_hub import errors as hub
@@ -114,9 +117,6 @@ class TestClaims:
         assert get(here, "pvc://data/sub/a.jsonl") == file
         assert refusal(here, "pvc://data/b.jsonl").reason == "SourceNotFound"
 
-    def test_a_path_that_leaves_the_claim_is_refused(
-        self, here: Path, monkeypatch: pytest.MonkeyPatch, uri: str
-    ) -> None:
     @pytest.mark.parametrize(
         "uri",
         [
@@ -126,6 +126,9 @@ class TestClaims:
             "pvc://../mnt/theirs/a.jsonl",
         ],
     )
+    def test_a_path_that_leaves_the_claim_is_refused(
+        self, here: Path, monkeypatch: pytest.MonkeyPatch, uri: str
+    ) -> None:
         monkeypatch.setattr(sources, "PVC_ROOT", here / "mnt")
         put(here / "mnt/mine/a.jsonl")
         put(here / "mnt/theirs/a.jsonl")
@@ -529,14 +532,22 @@ class TestObjectStores:
 
 
 class Site(BaseHTTPRequestHandler):
-    """Serves `body` with `etag`, or `status`; counts GETs."""
+    """Serves `body` with `etag`, a byte each `pause` seconds, or `status`; counts GETs."""
 
-    status, body, etag, gets = 200, b"hello", '"v1"', 0
+    status, body, etag, gets, pause = 200, b"hello", '"v1"', 0, 0.0
 
     def do_GET(self) -> None:
         self._answer()
         if self.status == 200:
             type(self).gets += 1
+            with suppress(ConnectionError):
+                self._send()
+
+    def _send(self) -> None:
+        for byte in self.body if self.pause else ():
+            time.sleep(self.pause)
+            self.wfile.write(bytes([byte]))
+        if not self.pause:
             self.wfile.write(self.body)
 
     def do_HEAD(self) -> None:
@@ -614,6 +625,22 @@ class TestWeb:
 
     def test_an_unreachable_server_is_retryable(self, here: Path) -> None:
         error = refusal(here, "http://127.0.0.1:1/a.jsonl")
+        assert (error.reason, error.retryable) == ("SourceUnavailable", True)
+
+    def test_a_slow_download_takes_its_time(
+        self, here: Path, site: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """aiohttp ends a download after 5 minutes, which large files take."""
+        monkeypatch.setattr(aiohttp.client, "DEFAULT_TIMEOUT", aiohttp.ClientTimeout(total=0.3))
+        site.handler.pause = 0.2
+        assert get(here, f"{site.url}/a.jsonl").read_text() == "hello"
+
+    def test_a_server_that_sends_nothing_any_more_is_retryable(
+        self, here: Path, site: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(sources, "STALLED_SECONDS", 0.2)
+        site.handler.pause = 1.0
+        error = refusal(here, f"{site.url}/a.jsonl")
         assert (error.reason, error.retryable) == ("SourceUnavailable", True)
 
 

@@ -44,6 +44,8 @@ MODEL_FILES = (*LOADED_FILES, "LICENSE*", "NOTICE*", "README*")
 """Files that are fetched from a model folder; the last three name the license."""
 REPEATED_FILES = ("*/*", "consolidated*")
 """Files in subfolders and consolidated.* repeat the weights of a model in other layouts."""
+STALLED_SECONDS = 60.0
+"""A web server that sends nothing for this long cannot be reached."""
 
 _CHAT_TEMPLATES = PurePosixPath("additional_chat_templates")  # transformers' name
 _STAGE_WEIGHTS = PurePosixPath("weights")
@@ -127,10 +129,10 @@ def _local(path: Path, kind: Kind) -> Path:
 
 def _mounted(source: SourceInput, rest: str, kind: Kind) -> Path:
     claim, _, inside = rest.partition("/")
-    volume = PVC_ROOT / claim
-    if not volume.is_dir():
     if ".." in Path(unquote(rest)).parts:  # also as %2e%2e, which `_local` reads as dots
         raise FileNotFoundError(f"{rest} is outside of the claim")
+    volume = PVC_ROOT / claim
+    if not volume.is_dir():
         raise StageError(
             "SourceUnavailable",
             f"{source.uri}: the claim is not mounted at {volume}; pvc:// sources need a cluster.",
@@ -291,8 +293,9 @@ def _filesystem(source: SourceInput) -> tuple[Any, str]:
 
         fs = huggingface_hub.HfFileSystem(token=_token(source), skip_instance_cache=True)
         return fs, source.uri.removeprefix("hf://")
+    options = _web_options() if source.uri.startswith(("http://", "https://")) else {}
     try:
-        fs, root = fsspec.core.url_to_fs(source.uri, skip_instance_cache=True)
+        fs, root = fsspec.core.url_to_fs(source.uri, skip_instance_cache=True, **options)
     except ValueError as error:  # "Protocol not known"
         raise StageError(
             "SourceUnavailable",
@@ -300,6 +303,15 @@ def _filesystem(source: SourceInput) -> tuple[Any, str]:
             advice=f"Set {_field(source, 'uri')} to a URI of another scheme.",
         ) from error
     return fs, root
+
+
+def _web_options() -> dict[str, Any]:
+    """Return the options of a web server's file system: a download takes the time that it takes,
+    and ends where nothing arrives any more. By aiohttp's default it ends after 5 minutes."""
+    import aiohttp
+
+    timeout = aiohttp.ClientTimeout(sock_connect=STALLED_SECONDS, sock_read=STALLED_SECONDS)
+    return {"client_kwargs": {"timeout": timeout}}
 
 
 def _listing(fs: Any, root: str, kind: Kind) -> tuple[dict[str, Mapping[str, Any]], bool]:
