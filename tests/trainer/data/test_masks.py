@@ -61,13 +61,46 @@ def test_correct_masks_pass_with_and_without_a_chat_template(tiny_tokenizer: Any
 
 def test_a_template_that_generates_the_whole_conversation_is_refused(tiny_tokenizer: Any) -> None:
     encoder = Encoder(with_template(tiny_tokenizer, ALL_GENERATED), "assistant")
-    row = encoded(encoder)
-    row.mask[1:] = 1  # the newline after the last stop token
-    error = proof(encoder, row)
+    error = proof(encoder, encoded(encoder))
     assert error is not None
     assert error.reason == "ContextTrained"
     assert "spec.data.train[0]" in error.message
     encoder = Encoder(with_template(tiny_tokenizer, ALL_GENERATED), "all")
+    assert proof(encoder, encoded(encoder)) is None
+
+
+TURNS = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}TURN{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+SAID = "{{ m.content + '<|im_end|>' }}"
+BLOCK = "{% generation %}" + SAID + "{% endgeneration %}"
+
+
+@pytest.mark.parametrize(
+    "turn",
+    [
+        BLOCK,
+        "{% if m.role == 'user' %}" + BLOCK + "{% else %}" + SAID + "{% endif %}",
+        "{{ m.content }}{% generation %}{{ '<|im_end|>' }}{% endgeneration %}",
+    ],
+)
+def test_a_template_whose_blocks_mark_other_text_than_the_answers_is_refused(
+    tiny_tokenizer: Any, turn: str
+) -> None:
+    template = TURNS.replace("TURN", turn)
+    encoder = Encoder(with_template(tiny_tokenizer, template), "assistant")
+    error = proof(encoder, encoded(encoder))
+    assert error is not None
+    assert error.reason == "ContextTrained"
+    assert "{% generation %} blocks" in error.message
+    encoder = Encoder(with_template(tiny_tokenizer, template), "all")
+    assert proof(encoder, encoded(encoder)) is None
+
+
+def test_a_template_whose_blocks_mark_the_answers_passes(tiny_tokenizer: Any) -> None:
+    turn = "{% if m.role == 'assistant' %}" + BLOCK + "{% else %}" + SAID + "{% endif %}"
+    encoder = Encoder(with_template(tiny_tokenizer, TURNS.replace("TURN", turn)), "assistant")
     assert proof(encoder, encoded(encoder)) is None
 
 
