@@ -10,7 +10,7 @@ import pytest
 from tests.trainer.conftest import CHATML
 from tuneyard.errors import StageError
 from tuneyard_trainer.data.encoding.masks import MaskProof, Run, runs
-from tuneyard_trainer.data.encoding.tokenization import Encoded, Encoder
+from tuneyard_trainer.data.encoding.tokenization import Encoded, Encoder, Misfit
 from tuneyard_trainer.data.reading.example import Example, Message
 
 EXAMPLE = Example(
@@ -136,3 +136,20 @@ def test_dropped_reasoning_leaves_the_answer(tiny_tokenizer: Any) -> None:
     answer = Message("assistant", "<think>\nHm.\n</think>\n\nRed.", reasoning="Hm.")
     row = encoded(encoder, Example(1, "chat", (Message("user", "Which?"), answer)))
     assert [run.text for run in runs(tiny_tokenizer, row) if run.trained] == ["Red.<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        "{{ 1 // (messages | length - 2) }}",
+        "{% for i in range(messages[1].content | length * 10000) %}{% endfor %}",
+        "{% macro f(n) %}{{ f(n + 1) }}{% endmacro %}{{ f(messages | length) }}",
+    ],
+)
+def test_a_template_that_fails_for_a_row_refuses_it(tiny_tokenizer: Any, part: str) -> None:
+    """Errors of arithmetic and endless recursion ended the stage without a row or a remedy."""
+    template = CHATML + "{% if messages[0].content | length > 5 %}" + part + "{% endif %}"
+    encoder = Encoder(with_template(tiny_tokenizer, template), "assistant")
+    short = Example(1, "chat", (Message("user", "Who?"), EXAMPLE.messages[1]))
+    found = encoder.encode([EXAMPLE, short])
+    assert [type(row) for row in found] == [Misfit, Encoded]
