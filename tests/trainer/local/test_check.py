@@ -286,6 +286,18 @@ def test_a_file_without_a_valid_preference_is_a_failure(
 def test_rows_that_a_model_reads_without_faults_pass_with_their_lengths(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], tiny_model_dir: Path
 ) -> None:
+def test_a_broken_first_row_does_not_hide_that_the_others_are_preferences(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write(tmp_path / "pairs.jsonl", pairs(1))
+    Path(file).write_text("{\n" + Path(file).read_text())
+    code, out = run(capsys, "check", file)
+    assert code == 1
+    assert "13 rows of the layout preference" in out
+    assert "invalid rows: 1 of 13" in out
+    assert "Preferences: 12" in run(capsys, "stats", file)[1]
+
+
     file = write(
         tmp_path / "rows.jsonl", [chat(f"Number {i}?", f"The lamp {i}.") for i in range(9)]
     )
