@@ -102,6 +102,17 @@ TRAINING: list[tuple[str, str, dict[str, Any], list[str]]] = [
         {"conversations": [turn("user", "q"), turn("assistant", "a")]},
         QA,
     ),
+    (
+        "Axolotl, pygmalion",
+        "sharegpt",
+        {
+            "conversations": [
+                {"role": "user", "value": "q"},
+                {"role": "assistant", "value": "a"},
+            ]
+        },
+        QA,
+    ),
     ("Axolotl, load_qa", "question-answer", {"question": "q", "answer": "a"}, QA),
     (
         "OpenOrca",
