@@ -566,6 +566,22 @@ def as_row(turns: list[Any]) -> dict[str, Any]:
     return {"messages": turns}
 
 
+    def test_the_messages_below_an_invalid_one_are_invalid(self, tmp_path: Path) -> None:
+        """They were in no tree, and in no count either."""
+        rows = [
+            *self.flat(),
+            post("x", "missing", "prompter"),
+            post("y", "x", "assistant"),
+            post("c", "d", "prompter"),
+            post("d", "c", "assistant"),
+            post("e", "d", "prompter"),
+        ]
+        stream = open_data(put(tmp_path / "a.jsonl", lines(rows)), on_invalid="skip")
+        assert len(list(stream)) == 1
+        assert stream.summary.skipped == 5
+        error = refusal(lambda: load(tmp_path, *rows[:10]))
+        assert "row 10: the message x before it, or one before that, is invalid" in error.message
+
 class TestInvalidRows:
     @pytest.mark.parametrize(
         ("row", "reason"),
