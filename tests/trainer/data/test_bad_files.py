@@ -196,7 +196,7 @@ def test_columns_in_another_case_are_named_with_the_fields_that_read_them() -> N
     row = Row(1, {"Question": "q", " Answer": "a", "Id": 1}, "a.csv")
     error = refusal(lambda: detect([row], FieldMap()))
     assert "The nearest is question-answer" in error.message
-    assert error.advice == "Name the fields: fields: {prompt: Question, completion:  Answer}."
+    assert error.advice == "Name the fields: fields: {prompt: Question, completion: ' Answer'}."
 
 
 # ---- Parquet ----------------------------------------------------------------------------------

@@ -656,6 +656,14 @@ def test_the_keys_of_turns_can_be_named(tmp_path: Path) -> None:
             ["process reward model"],
         ),
         ({"segments": [{"label": True, "text": "a"}]}, ["{role, content, train}"]),
+        (
+            {"messages": [{"user": "q", "assistant": "a"}]},  # Axolotl's load_ultrachat
+            ["messages[0] has user, assistant", "fields: {role: ..., content: ...}"],
+        ),
+        (
+            {"messages": '[{"role": "user", "content": "q"}]'},  # a cell of a table
+            ["messages is a text", "as JSONL, with messages as a list"],
+        ),
     ],
 )
 def test_a_shape_that_is_not_read_is_named_with_the_nearest_layout(
