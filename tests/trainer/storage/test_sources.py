@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gzip
 import json
 import os
 import shutil
@@ -534,7 +535,7 @@ class TestObjectStores:
 class Site(BaseHTTPRequestHandler):
     """Serves `body` with `etag`, a byte each `pause` seconds, or `status`; counts GETs."""
 
-    status, body, etag, gets, pause = 200, b"hello", '"v1"', 0, 0.0
+    status, body, etag, gets, pause, encoding = 200, b"hello", '"v1"', 0, 0.0, ""
 
     def do_GET(self) -> None:
         self._answer()
@@ -558,6 +559,8 @@ class Site(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(self.body) if self.status == 200 else 0))
         if self.etag:
             self.send_header("ETag", self.etag)
+        if self.encoding:
+            self.send_header("Content-Encoding", self.encoding)
         self.end_headers()
 
     def log_message(self, *args: Any) -> None: ...
@@ -626,6 +629,13 @@ class TestWeb:
     def test_an_unreachable_server_is_retryable(self, here: Path) -> None:
         error = refusal(here, "http://127.0.0.1:1/a.jsonl")
         assert (error.reason, error.retryable) == ("SourceUnavailable", True)
+
+    def test_a_packed_file_stays_packed_if_the_server_calls_it_an_encoding(
+        self, here: Path, site: SimpleNamespace
+    ) -> None:
+        site.handler.body, site.handler.encoding = gzip.compress(b"hello"), "gzip"
+        assert gzip.decompress(get(here, f"{site.url}/a.jsonl.gz").read_bytes()) == b"hello"
+        assert get(here, f"{site.url}/a.jsonl").read_bytes() == b"hello"
 
     def test_a_slow_download_takes_its_time(
         self, here: Path, site: SimpleNamespace, monkeypatch: pytest.MonkeyPatch

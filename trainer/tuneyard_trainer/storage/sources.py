@@ -293,7 +293,8 @@ def _filesystem(source: SourceInput) -> tuple[Any, str]:
 
         fs = huggingface_hub.HfFileSystem(token=_token(source), skip_instance_cache=True)
         return fs, source.uri.removeprefix("hf://")
-    options = _web_options() if source.uri.startswith(("http://", "https://")) else {}
+    is_web = source.uri.startswith(("http://", "https://"))
+    options = _web_options(source.uri) if is_web else {}
     try:
         fs, root = fsspec.core.url_to_fs(source.uri, skip_instance_cache=True, **options)
     except ValueError as error:  # "Protocol not known"
@@ -305,13 +306,21 @@ def _filesystem(source: SourceInput) -> tuple[Any, str]:
     return fs, root
 
 
-def _web_options() -> dict[str, Any]:
-    """Return the options of a web server's file system: a download takes the time that it takes,
-    and ends where nothing arrives any more. By aiohttp's default it ends after 5 minutes."""
+def _web_options(uri: str) -> dict[str, Any]:
+    """Return the options of a web server's file system.
+
+    A download takes the time that it takes, and ends where nothing arrives any more. By aiohttp's
+    default it ends after 5 minutes. A .gz file stays packed, although some servers call its
+    compression that of the transfer.
+    """
     import aiohttp
 
     timeout = aiohttp.ClientTimeout(sock_connect=STALLED_SECONDS, sock_read=STALLED_SECONDS)
-    return {"client_kwargs": {"timeout": timeout}}
+    is_packed = urlsplit(uri).path.lower().endswith(".gz")
+    return {
+        "client_kwargs": {"timeout": timeout, "auto_decompress": not is_packed},
+        "headers": {"Accept-Encoding": "identity"} if is_packed else {},
+    }
 
 
 def _listing(fs: Any, root: str, kind: Kind) -> tuple[dict[str, Mapping[str, Any]], bool]:
