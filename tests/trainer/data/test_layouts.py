@@ -532,6 +532,15 @@ def test_preferences_hold_calls_of_tools() -> None:
     assert found.examples[0].tools == TOOLS
 
 
+def test_answers_may_differ_in_their_reasoning_alone() -> None:
+    """They were refused as the same completion."""
+    answers = [[turn("assistant", "4", reasoning_content=why)] for why in ("2 + 2", "2 x 3")]
+    (found,) = preferences({"prompt": "2 + 2?", "chosen": answers[0], "rejected": answers[1]})
+    assert [each.reasoning for each in found.completions] == ["2 + 2", "2 x 3"]
+    with pytest.raises(RowError, match="the same completion"):
+        preferences({"prompt": "2 + 2?", "chosen": answers[0], "rejected": answers[0]})
+
+
 @pytest.mark.parametrize(
     "row",
     [
