@@ -137,6 +137,16 @@ class TestClaims:
         assert error.reason == "SourceNotFound"
         assert "is outside of the claim" in error.message
 
+    @pytest.mark.parametrize("name", [".tuneyard-cache", "%2etuneyard-cache"])
+    def test_the_cache_of_all_jobs_is_no_source(
+        self, here: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    ) -> None:
+        """What lies there was downloaded with the credentials of other jobs."""
+        monkeypatch.setattr(sources, "PVC_ROOT", here / "mnt")
+        put(here / "mnt/mine/.tuneyard-cache/sources/key/a.jsonl")
+        for path in ("key/a.jsonl", "*/a.jsonl"):
+            assert refusal(here, f"pvc://mine/{name}/sources/{path}").reason == "SourceForbidden"
+
     def test_a_claim_without_a_cluster_is_an_error_that_suggests_a_file_uri(
         self, here: Path
     ) -> None:

@@ -19,7 +19,7 @@ from urllib.parse import unquote, urlsplit
 
 from tuneyard.api.packages import packaged_file
 from tuneyard.api.plan import SourceInput, digest
-from tuneyard.api.pods import CLAIMS_FOLDER
+from tuneyard.api.pods import CACHE_NAME, CLAIMS_FOLDER
 from tuneyard.errors import StageError
 from tuneyard_trainer.storage.digests import (
     WILDCARDS,
@@ -129,8 +129,11 @@ def _local(path: Path, kind: Kind) -> Path:
 
 def _mounted(source: SourceInput, rest: str, kind: Kind) -> Path:
     claim, _, inside = rest.partition("/")
-    if ".." in Path(unquote(rest)).parts:  # also as %2e%2e, which `_local` reads as dots
+    parts = Path(unquote(rest)).parts  # `_local` reads %2e as a dot, too
+    if ".." in parts:
         raise FileNotFoundError(f"{rest} is outside of the claim")
+    if CACHE_NAME in parts:
+        raise PermissionError(errno.EACCES, "other jobs downloaded and prepared what lies there")
     volume = PVC_ROOT / claim
     if not volume.is_dir():
         raise StageError(
