@@ -104,7 +104,7 @@ class ChatFormat:
         if not _BLOCKS.search(self.template):
             return False
         question, answer = _PLACEHOLDER.format(1), _PLACEHOLDER.format(0)
-        turns = [
+        turns: list[Message] = [
             {"role": "user", "content": question},
             {"role": "assistant", "content": answer},
         ]
