@@ -40,9 +40,14 @@ DRAIN_SECONDS: Final = GRACE_SECONDS - 15
 for the end after SIGTERM."""
 
 
+CACHE_NAME: Final = ".tuneyard-cache"
+"""The folder of the cache on a claim. No source and no output may lie in it: the files there belong
+to jobs with other credentials."""
+
+
 def cache_folder(claim: str) -> str:
     """Return the folder of the cache on a claim, as pods see it."""
-    return f"{CLAIMS_FOLDER}/{claim}/.tuneyard-cache"
+    return f"{CLAIMS_FOLDER}/{claim}/{CACHE_NAME}"
 
 
 def stage_folder(stage: str) -> str:

@@ -8,6 +8,7 @@ Kubernetes client.
 
 from __future__ import annotations
 
+import errno
 import json
 import platform
 import re
@@ -51,6 +52,8 @@ _Command = TypeVar("_Command", bound=Callable[..., Any])
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 FILE = click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path)
 STDIN = Path("-")
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""The disk, the user's share of it, or the largest file that the user may write."""
 
 
 def main() -> None:
@@ -74,6 +77,12 @@ def call(arguments: Sequence[str]) -> int:
     except click.ClickException as error:
         error.show()
         return bad_input
+    except OSError as error:
+        if error.errno not in _DISK_FULL:
+            raise
+        remedy = "Free some space, or name another folder for temporary files in TMPDIR."
+        click.echo(f"The disk is full: {error}. {remedy}", err=True)
+        return failed
     except (click.Abort, KeyboardInterrupt):
         click.echo("interrupted", err=True)
         return INTERRUPTED

@@ -9,6 +9,7 @@ import json
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from pyarrow import parquet
 
 from tests.trainer.data.test_datasets import ROWS, broken, chat, lines, load, put, refusal
 from tuneyard.api.sources import FieldMap
+from tuneyard.errors import StageError
 from tuneyard_trainer.data.cleaning.personal_data import without_personal_data
 from tuneyard_trainer.data.reading import parquet_rows, rows
 from tuneyard_trainer.data.reading.example import RowError, printable
@@ -194,7 +196,7 @@ def test_columns_in_another_case_are_named_with_the_fields_that_read_them() -> N
     row = Row(1, {"Question": "q", " Answer": "a", "Id": 1}, "a.csv")
     error = refusal(lambda: detect([row], FieldMap()))
     assert "The nearest is question-answer" in error.message
-    assert error.advice == "Name the fields: fields: {prompt: Question, completion:  Answer}."
+    assert error.advice == "Name the fields: fields: {prompt: Question, completion: ' Answer'}."
 
 
 # ---- Parquet ----------------------------------------------------------------------------------
@@ -328,6 +330,24 @@ def test_a_footer_with_another_type_than_the_pages_does_not_end_the_process(
         [sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True
     )
     assert done.stdout.startswith("InvalidData a.parquet ")
+
+
+@pytest.mark.parametrize("value", [b"\x28\x01a", b"\x27" + bytes(8), b"\x29\x13\x01"])
+def test_a_place_in_the_footer_that_is_no_number_is_none(tmp_path: Path, value: bytes) -> None:
+    """pyarrow skips a field of another type: here the place of a column's dictionary."""
+    content = as_parquet(PLAIN, compression="none")
+    size = int.from_bytes(content[-8:-4], "little")
+    footer = _last(content[-8 - size : -8], b"\x26\x08", value)
+    lying = content[: -8 - size] + footer + len(footer).to_bytes(4, "little") + b"PAR1"
+    path = put(tmp_path / "a.parquet", lying)
+    with suppress(StageError):  # without its place, pyarrow may miss the dictionary
+        assert len(list(read_rows(path))) == len(PLAIN)
+
+
+def test_a_dictionary_page_without_numbers_is_none(tmp_path: Path) -> None:
+    header = bytes([0x15, 0x04, 0x18, 0x01, 0x61])  # type: dictionary; bytes unpacked: "a"
+    with put(tmp_path / "a", b"1234" + header + bytes(60)).open("rb") as file:
+        assert _dictionary(file, 4) == (0, 1)
 
 
 def test_the_dictionary_of_a_column_is_found_in_its_first_page(tmp_path: Path) -> None:

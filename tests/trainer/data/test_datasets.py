@@ -149,7 +149,12 @@ class TestFiles:
         [
             (b'{"a": ', "not JSON: Expecting value at column 7"),
             (b'{"a": "\xff"}', "not UTF-8: byte 0xff at column 8"),
-            (b"[1, 2]", "a row must be an object with fields, not list"),
+            (
+                b"[1, 2]",
+                "a row must be an object with fields, not list; rename a file that is one list of "
+                "rows to .json",
+            ),
+            (b"[", "not JSON: Expecting value at column 2; rename a file that is one list"),
             (
                 b'{"a": ' + b"9" * 5000 + b"}",
                 "a number has more than 4300 digits: write it as text",
@@ -560,6 +565,22 @@ class TestOpenAssistant:
         error = refusal(lambda: load(tmp_path, *rows))
         assert "row 9: the parent message missing is not in the data" in error.message
         assert "row 10: message_id q appears twice" in error.message
+
+    def test_the_messages_below_an_invalid_one_are_invalid(self, tmp_path: Path) -> None:
+        """They were in no tree, and in no count either."""
+        rows = [
+            *self.flat(),
+            post("x", "missing", "prompter"),
+            post("y", "x", "assistant"),
+            post("c", "d", "prompter"),
+            post("d", "c", "assistant"),
+            post("e", "d", "prompter"),
+        ]
+        stream = open_data(put(tmp_path / "a.jsonl", lines(rows)), on_invalid="skip")
+        assert len(list(stream)) == 1
+        assert stream.summary.skipped == 5
+        error = refusal(lambda: load(tmp_path, *rows[:10]))
+        assert "row 10: the message x before it, or one before that, is invalid" in error.message
 
 
 def as_row(turns: list[Any]) -> dict[str, Any]:

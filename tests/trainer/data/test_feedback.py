@@ -22,11 +22,11 @@ from tuneyard_trainer.preference.rows import Preference, parse_preferences
 Event = dict[str, Any]
 
 
-def answer(key: str, completion: str, prompt: Any = "Which lamp?", **more: Any) -> Event:
+def answer(key: Any, completion: str, prompt: Any = "Which lamp?", **more: Any) -> Event:
     return {"event": "answer", "id": key, "prompt": prompt, "completion": completion, **more}
 
 
-def rating(key: str, thumbs: Any = "up", **more: Any) -> Event:
+def rating(key: Any, thumbs: Any = "up", **more: Any) -> Event:
     return {"event": "rating", "of": key, "thumbs": thumbs, **more}
 
 
@@ -38,7 +38,7 @@ def edit(key: str, completion: str) -> Event:
     return {"event": "edit", "of": key, "completion": completion}
 
 
-def retry(key: str, **more: Any) -> Event:
+def retry(key: Any, **more: Any) -> Event:
     return {"event": "retry", "of": key, **more}
 
 
@@ -244,6 +244,17 @@ def test_a_retry_without_a_name_means_the_next_answer_to_its_prompt_in_its_sessi
 
 def test_a_retry_can_name_the_answer_in_any_order() -> None:
     assert pairs(rating("2"), SECOND, retry("1", by="2"), FIRST) == [("Red.", "Blue.")]
+
+
+def test_ids_and_sessions_may_begin_with_0() -> None:
+    """The number 0 was taken for an absent session, and for an absent `by`."""
+    first, second, third = (
+        answer(key, text, session=0) for key, text in ((1, "Blue."), (0, "Red."), (2, "Green."))
+    )
+    kept = rating(0)
+    named = retry(2, by=0)
+    assert pairs(first, retry(1), second, kept) == [("Red.", "Blue.")]
+    assert pairs(third, second, named, kept) == [("Red.", "Green.")]
 
 
 @pytest.mark.parametrize(

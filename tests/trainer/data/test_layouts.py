@@ -102,6 +102,17 @@ TRAINING: list[tuple[str, str, dict[str, Any], list[str]]] = [
         {"conversations": [turn("user", "q"), turn("assistant", "a")]},
         QA,
     ),
+    (
+        "Axolotl, pygmalion",
+        "sharegpt",
+        {
+            "conversations": [
+                {"role": "user", "value": "q"},
+                {"role": "assistant", "value": "a"},
+            ]
+        },
+        QA,
+    ),
     ("Axolotl, load_qa", "question-answer", {"question": "q", "answer": "a"}, QA),
     (
         "OpenOrca",
@@ -521,6 +532,15 @@ def test_preferences_hold_calls_of_tools() -> None:
     assert found.examples[0].tools == TOOLS
 
 
+def test_answers_may_differ_in_their_reasoning_alone() -> None:
+    """They were refused as the same completion."""
+    answers = [[turn("assistant", "4", reasoning_content=why)] for why in ("2 + 2", "2 x 3")]
+    (found,) = preferences({"prompt": "2 + 2?", "chosen": answers[0], "rejected": answers[1]})
+    assert [each.reasoning for each in found.completions] == ["2 + 2", "2 x 3"]
+    with pytest.raises(RowError, match="the same completion"):
+        preferences({"prompt": "2 + 2?", "chosen": answers[0], "rejected": answers[0]})
+
+
 @pytest.mark.parametrize(
     "row",
     [
@@ -645,6 +665,14 @@ def test_the_keys_of_turns_can_be_named(tmp_path: Path) -> None:
             ["process reward model"],
         ),
         ({"segments": [{"label": True, "text": "a"}]}, ["{role, content, train}"]),
+        (
+            {"messages": [{"user": "q", "assistant": "a"}]},  # Axolotl's load_ultrachat
+            ["messages[0] has user, assistant", "fields: {role: ..., content: ...}"],
+        ),
+        (
+            {"messages": '[{"role": "user", "content": "q"}]'},  # a cell of a table
+            ["messages is a text", "as JSONL, with messages as a list"],
+        ),
     ],
 )
 def test_a_shape_that_is_not_read_is_named_with_the_nearest_layout(

@@ -10,7 +10,7 @@ import pytest
 from tests.trainer.conftest import CHATML
 from tuneyard.errors import StageError
 from tuneyard_trainer.data.encoding.masks import MaskProof, Run, runs
-from tuneyard_trainer.data.encoding.tokenization import Encoded, Encoder
+from tuneyard_trainer.data.encoding.tokenization import Encoded, Encoder, Misfit
 from tuneyard_trainer.data.reading.example import Example, Message
 
 EXAMPLE = Example(
@@ -61,13 +61,46 @@ def test_correct_masks_pass_with_and_without_a_chat_template(tiny_tokenizer: Any
 
 def test_a_template_that_generates_the_whole_conversation_is_refused(tiny_tokenizer: Any) -> None:
     encoder = Encoder(with_template(tiny_tokenizer, ALL_GENERATED), "assistant")
-    row = encoded(encoder)
-    row.mask[1:] = 1  # the newline after the last stop token
-    error = proof(encoder, row)
+    error = proof(encoder, encoded(encoder))
     assert error is not None
     assert error.reason == "ContextTrained"
     assert "spec.data.train[0]" in error.message
     encoder = Encoder(with_template(tiny_tokenizer, ALL_GENERATED), "all")
+    assert proof(encoder, encoded(encoder)) is None
+
+
+TURNS = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}TURN{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+SAID = "{{ m.content + '<|im_end|>' }}"
+BLOCK = "{% generation %}" + SAID + "{% endgeneration %}"
+
+
+@pytest.mark.parametrize(
+    "turn",
+    [
+        BLOCK,
+        "{% if m.role == 'user' %}" + BLOCK + "{% else %}" + SAID + "{% endif %}",
+        "{{ m.content }}{% generation %}{{ '<|im_end|>' }}{% endgeneration %}",
+    ],
+)
+def test_a_template_whose_blocks_mark_other_text_than_the_answers_is_refused(
+    tiny_tokenizer: Any, turn: str
+) -> None:
+    template = TURNS.replace("TURN", turn)
+    encoder = Encoder(with_template(tiny_tokenizer, template), "assistant")
+    error = proof(encoder, encoded(encoder))
+    assert error is not None
+    assert error.reason == "ContextTrained"
+    assert "{% generation %} blocks" in error.message
+    encoder = Encoder(with_template(tiny_tokenizer, template), "all")
+    assert proof(encoder, encoded(encoder)) is None
+
+
+def test_a_template_whose_blocks_mark_the_answers_passes(tiny_tokenizer: Any) -> None:
+    turn = "{% if m.role == 'assistant' %}" + BLOCK + "{% else %}" + SAID + "{% endif %}"
+    encoder = Encoder(with_template(tiny_tokenizer, TURNS.replace("TURN", turn)), "assistant")
     assert proof(encoder, encoded(encoder)) is None
 
 
@@ -103,3 +136,20 @@ def test_dropped_reasoning_leaves_the_answer(tiny_tokenizer: Any) -> None:
     answer = Message("assistant", "<think>\nHm.\n</think>\n\nRed.", reasoning="Hm.")
     row = encoded(encoder, Example(1, "chat", (Message("user", "Which?"), answer)))
     assert [run.text for run in runs(tiny_tokenizer, row) if run.trained] == ["Red.<|im_end|>"]
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        "{{ 1 // (messages | length - 2) }}",
+        "{% for i in range(messages[1].content | length * 10000) %}{% endfor %}",
+        "{% macro f(n) %}{{ f(n + 1) }}{% endmacro %}{{ f(messages | length) }}",
+    ],
+)
+def test_a_template_that_fails_for_a_row_refuses_it(tiny_tokenizer: Any, part: str) -> None:
+    """Errors of arithmetic and endless recursion ended the stage without a row or a remedy."""
+    template = CHATML + "{% if messages[0].content | length > 5 %}" + part + "{% endif %}"
+    encoder = Encoder(with_template(tiny_tokenizer, template), "assistant")
+    short = Example(1, "chat", (Message("user", "Who?"), EXAMPLE.messages[1]))
+    found = encoder.encode([EXAMPLE, short])
+    assert [type(row) for row in found] == [Misfit, Encoded]

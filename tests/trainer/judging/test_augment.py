@@ -363,6 +363,25 @@ def test_a_killed_stage_repeats_no_request(scene: Scene) -> None:
     assert outcome.metrics["augmentedRows"] == 2 * LAMPS
 
 
+@pytest.mark.parametrize(
+    "later", [[*LAMP_ROWS, lamp(9)], LAMP_ROWS[:-1], LAMP_ROWS[::-1]], ids=["more", "less", "other"]
+)
+def test_rows_that_change_while_the_model_writes_end_the_stage(
+    scene: Scene, later: list[dict[str, Any]]
+) -> None:
+    """The questions of a row were put before the answer of another one."""
+
+    def changing(body: dict[str, Any], number: int) -> Answer:
+        path = scene.folder / "train.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in later))
+        return writer(body, number)
+
+    with JudgeServer(changing) as server, pytest.raises(StageError) as caught:
+        scene.run(LAMP_ROWS, server, paraphrase=PARAPHRASE)
+    assert (caught.value.reason, caught.value.retryable) == ("SourceUnavailable", True)
+    assert "spec.data.train[0] changed" in caught.value.message
+
+
 def test_a_spent_budget_leaves_the_rows_that_it_paid_for(scene: Scene) -> None:
     """The first paraphrase of every row comes before the second of any row."""
     two = ParaphraseSettings(requests=["Paraphrase: {prompt}", "Again: {prompt}"], share=1.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from tests.trainer.data.test_cleaning import PLANTED, STORY
 from tests.trainer.data.test_leaks import noise
 from tests.trainer.data.test_prepare import Row, chat
 from tuneyard.cli import main
+from tuneyard_trainer.data.texts import Texts
 
 
 def write(path: Path, rows: Sequence[Row]) -> str:
@@ -72,6 +74,18 @@ def test_each_planted_fault_is_named_with_its_row(
         place = next(i for i, line in enumerate(lines) if line.startswith(fault))
         assert lines[place + 1].startswith(f"  {row}"), out
     assert "ada.lovelace" not in out
+
+
+def test_a_full_disk_is_one_message(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def append(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Texts, "append", append)
+    assert main.call(["data", "check", write(tmp_path / "rows.jsonl", noise(1))]) == 1
+    assert "The disk is full" in (error := capsys.readouterr().err)
+    assert "TMPDIR" in error
 
 
 def test_a_file_without_a_valid_row_is_a_failure(
@@ -270,6 +284,18 @@ def test_the_prompt_and_both_answers_of_a_preference_are_searched(
         place = next(i for i, line in enumerate(lines) if line.startswith(fault))
         assert lines[place + 1].startswith(f"  {row}"), out
     assert "ada.lovelace" not in out
+
+
+def test_a_broken_first_row_does_not_hide_that_the_others_are_preferences(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write(tmp_path / "pairs.jsonl", pairs(1))
+    Path(file).write_text("{\n" + Path(file).read_text())
+    code, out = run(capsys, "check", file)
+    assert code == 1
+    assert "13 rows of the layout preference" in out
+    assert "invalid rows: 1 of 13" in out
+    assert "Preferences: 12" in run(capsys, "stats", file)[1]
 
 
 def test_a_file_without_a_valid_preference_is_a_failure(

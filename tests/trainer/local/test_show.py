@@ -60,6 +60,32 @@ def test_each_completion_of_a_preference_is_shown(
     assert "assistant: «Blue.\n»" in text
 
 
+def test_rows_that_are_left_out_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    silent = {"messages": [{"role": "user", "content": "Which?"}]}
+    text = shown(capsys, tmp_path, CHAT, silent, CHAT, silent, options="-n 2")
+    assert "1 of the first 3 rows are invalid and left out: rows.jsonl row 2: the last turn" in text
+    assert "row 4" not in text
+    assert "left out" not in shown(capsys, tmp_path, CHAT, silent, options="-n 1")
+
+
+def test_a_pair_after_a_conversation_without_an_answer_is_a_preference(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """LLaMA-Factory's layout. UltraFeedback's conversation ends with its answer: it can be either,
+    and a format names it."""
+    asked = {"from": "human", "value": "Which?"}
+    sides = {
+        "chosen": {"from": "gpt", "value": "Red."},
+        "rejected": {"from": "gpt", "value": "Blue."},
+    }
+    text = shown(capsys, tmp_path, {"conversations": [asked], **sides})
+    assert "completion 2 of 2\nuser: Which?\nassistant: «Blue.\n»" in text
+    either = {"conversations": [asked, sides["chosen"]], **PAIR}
+    assert "row 1 (sharegpt)" in shown(capsys, tmp_path, either)
+
+
 def test_a_feedback_log_is_shown_as_what_it_becomes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -346,7 +346,12 @@ def test_a_claim_is_a_mounted_folder(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (tmp_path / "models").mkdir()
     assert located("pvc://models/team/bot") == str(tmp_path / "models" / "team" / "bot")
     assert located("s3://bucket/x") == "s3://bucket/x"
-    for uri in ("pvc://absent/x", "pvc://models/../etc"):
+    for uri in (
+        "pvc://absent/x",
+        "pvc://models/../etc",
+        "pvc://../etc",
+        "pvc://models/.tuneyard-cache/results/key",
+    ):
         with pytest.raises(StageError) as failure:
             located(uri)
         assert failure.value.reason == "OutputUnavailable"

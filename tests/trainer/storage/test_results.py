@@ -157,6 +157,7 @@ def test_another_key_is_another_entry(tmp_path: Path, entry: Path) -> None:
         lambda entry: (entry / "record.json").write_text("{"),
         lambda entry: (entry / "record.json").write_text("{}"),
         lambda entry: (entry / "record.json").write_bytes(b"\xff"),
+        lambda entry: (entry / "record.json").write_bytes(b"[" * 100_000),
     ],
 )
 def test_a_damaged_entry_is_not_used_and_is_replaced(

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import errno
+import gzip
 import json
 import os
 import shutil
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import aiohttp
 import huggingface_hub
 import pytest
 from huggingface_hub import errors as hub
@@ -114,13 +118,34 @@ class TestClaims:
         assert get(here, "pvc://data/sub/a.jsonl") == file
         assert refusal(here, "pvc://data/b.jsonl").reason == "SourceNotFound"
 
+    @pytest.mark.parametrize(
+        "uri",
+        [
+            "pvc://mine/../theirs/a.jsonl",
+            "pvc://mine/%2e%2e/theirs/a.jsonl",
+            "pvc://mine/%2e%2e%2ftheirs/a.jsonl",
+            "pvc://../mnt/theirs/a.jsonl",
+        ],
+    )
     def test_a_path_that_leaves_the_claim_is_refused(
-        self, here: Path, monkeypatch: pytest.MonkeyPatch
+        self, here: Path, monkeypatch: pytest.MonkeyPatch, uri: str
     ) -> None:
         monkeypatch.setattr(sources, "PVC_ROOT", here / "mnt")
         put(here / "mnt/mine/a.jsonl")
         put(here / "mnt/theirs/a.jsonl")
-        assert refusal(here, "pvc://mine/../theirs/a.jsonl").reason == "SourceNotFound"
+        error = refusal(here, uri)
+        assert error.reason == "SourceNotFound"
+        assert "is outside of the claim" in error.message
+
+    @pytest.mark.parametrize("name", [".tuneyard-cache", "%2etuneyard-cache"])
+    def test_the_cache_of_all_jobs_is_no_source(
+        self, here: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    ) -> None:
+        """What lies there was downloaded with the credentials of other jobs."""
+        monkeypatch.setattr(sources, "PVC_ROOT", here / "mnt")
+        put(here / "mnt/mine/.tuneyard-cache/sources/key/a.jsonl")
+        for path in ("key/a.jsonl", "*/a.jsonl"):
+            assert refusal(here, f"pvc://mine/{name}/sources/{path}").reason == "SourceForbidden"
 
     def test_a_claim_without_a_cluster_is_an_error_that_suggests_a_file_uri(
         self, here: Path
@@ -518,14 +543,22 @@ class TestObjectStores:
 
 
 class Site(BaseHTTPRequestHandler):
-    """Serves `body` with `etag`, or `status`; counts GETs."""
+    """Serves `body` with `etag`, a byte each `pause` seconds, or `status`; counts GETs."""
 
-    status, body, etag, gets = 200, b"hello", '"v1"', 0
+    status, body, etag, gets, pause, encoding = 200, b"hello", '"v1"', 0, 0.0, ""
 
     def do_GET(self) -> None:
         self._answer()
         if self.status == 200:
             type(self).gets += 1
+            with suppress(ConnectionError):
+                self._send()
+
+    def _send(self) -> None:
+        for byte in self.body if self.pause else ():
+            time.sleep(self.pause)
+            self.wfile.write(bytes([byte]))
+        if not self.pause:
             self.wfile.write(self.body)
 
     def do_HEAD(self) -> None:
@@ -536,6 +569,8 @@ class Site(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(self.body) if self.status == 200 else 0))
         if self.etag:
             self.send_header("ETag", self.etag)
+        if self.encoding:
+            self.send_header("Content-Encoding", self.encoding)
         self.end_headers()
 
     def log_message(self, *args: Any) -> None: ...
@@ -603,6 +638,29 @@ class TestWeb:
 
     def test_an_unreachable_server_is_retryable(self, here: Path) -> None:
         error = refusal(here, "http://127.0.0.1:1/a.jsonl")
+        assert (error.reason, error.retryable) == ("SourceUnavailable", True)
+
+    def test_a_packed_file_stays_packed_if_the_server_calls_it_an_encoding(
+        self, here: Path, site: SimpleNamespace
+    ) -> None:
+        site.handler.body, site.handler.encoding = gzip.compress(b"hello"), "gzip"
+        assert gzip.decompress(get(here, f"{site.url}/a.jsonl.gz").read_bytes()) == b"hello"
+        assert get(here, f"{site.url}/a.jsonl").read_bytes() == b"hello"
+
+    def test_a_slow_download_takes_its_time(
+        self, here: Path, site: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """aiohttp ends a download after 5 minutes, which large files take."""
+        monkeypatch.setattr(aiohttp.client, "DEFAULT_TIMEOUT", aiohttp.ClientTimeout(total=0.3))
+        site.handler.pause = 0.2
+        assert get(here, f"{site.url}/a.jsonl").read_text() == "hello"
+
+    def test_a_server_that_sends_nothing_any_more_is_retryable(
+        self, here: Path, site: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(sources, "STALLED_SECONDS", 0.2)
+        site.handler.pause = 1.0
+        error = refusal(here, f"{site.url}/a.jsonl")
         assert (error.reason, error.retryable) == ("SourceUnavailable", True)
 
 

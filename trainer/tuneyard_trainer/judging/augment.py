@@ -3,13 +3,15 @@
 A model asks questions in other words, or writes new questions for answers (instruction
 backtranslation, Li et al. 2023, arXiv:2308.06259); templates repeat questions in other formats.
 Writes `augmented.jsonl`, whose rows are marked (`data.augmentation`). The data is read three times:
-to choose rows, to write requests, and to write rows, so that memory holds 16 bytes for a row, and
-the requests and the replies. A journal keeps the replies, so that a stage that is killed and
+to choose rows, to write requests, and to write rows, so that memory holds 24 bytes for a row, and
+the requests and the replies. Rows that differ in a later reading end the stage, since replies
+belong to rows by their numbers. A journal keeps the replies, so that a stage that is killed and
 restarted repeats no request.
 """
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -112,10 +114,36 @@ class Originals:
     alone."""
     unusable: Counter[str] = field(default_factory=Counter)
     """Rows that are not augmented, by reason, over all iterations."""
+    _first: array[int] = field(default_factory=lambda: array("Q"))
+    """Hashes of what the rows said in the first iteration."""
 
     def __iter__(self) -> Iterator[tuple[int, Example]]:
         """Yield the index of the data set and the row. Raises StageError as `examples` does, and
-        Interrupted."""
+        SourceUnavailable if the rows are not those of the first iteration; and Interrupted."""
+        is_first = not self._first
+        number = 0
+        for index, example in self._read():
+            content = augmentation.content_hash(example)
+            if is_first:
+                self._first.append(content)
+            elif number == len(self._first) or self._first[number] != content:
+                raise self._changed(index)
+            number += 1
+            yield index, example
+        if number < len(self._first):
+            raise self._changed(len(self.settings.train) - 1)
+
+    def _changed(self, index: int) -> StageError:
+        source = self.context.stage.inputs[f"train.{index}"]
+        path = source.path if isinstance(source, SourceInput) else f"train.{index}"
+        return StageError(
+            "SourceUnavailable",
+            f"the rows of {path.removesuffix('.uri')} changed while new rows were made of them.",
+            advice="Leave the files as they are while a job reads them, and run the job again.",
+            retryable=True,
+        )
+
+    def _read(self) -> Iterator[tuple[int, Example]]:
         cleaner = Cleaner.of(self.settings.clean)
         count = 0
         for index, dataset in enumerate(self.settings.train):

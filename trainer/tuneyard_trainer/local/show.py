@@ -18,7 +18,7 @@ from tuneyard_trainer.data.encoding.tokenization import Encoder, Misfit
 from tuneyard_trainer.data.reading.conversations import template_turns, turn_text
 from tuneyard_trainer.data.reading.example import Example, RowError
 from tuneyard_trainer.data.reading.rows import read_data
-from tuneyard_trainer.data.reading.stream import examples
+from tuneyard_trainer.data.reading.stream import Examples, examples
 from tuneyard_trainer.local.feedback_log import FeedbackLog, is_log
 from tuneyard_trainer.local.run import cache_folder
 from tuneyard_trainer.models.base import load_tokenizer
@@ -65,12 +65,18 @@ def samples(file: Path, count: int, model: str | None, view: View) -> Iterator[S
     if model is not None:
         tokenizer = load_tokenizer(model_folder(model))
         encoder = Encoder(tokenizer, view.train_on, reasoning=view.reasoning)
-    rows = _rows(file, view.format, view.fields)
+    stream: Examples | None = None
     if is_log(file, view.format, view.fields):
         log = FeedbackLog(file, view.fields)
         deque(log.uses(), maxlen=0)  # counts all of it
         yield Sample.of(log.sentence, [])
         rows = _answers(FeedbackLog(file, view.fields))
+    elif are_rated(file, view.format, view.fields):
+        rows = _rated(file, view.format, view.fields)
+    else:
+        settings = DatasetSettings(format=view.format, fields=view.fields, weight=1.0, limit=None)
+        stream = examples(file, settings, on_invalid="skip", name=str(file))
+        rows = _plain(stream)
     for title, example in islice(rows, count):
         if encoder is None:
             yield Sample.of(title, _turns(example, view))
@@ -83,6 +89,10 @@ def samples(file: Path, count: int, model: str | None, view: View) -> Iterator[S
                 f"{title}: {int(encoded.mask.sum())} of {len(encoded.ids)} tokens are trained on",
                 runs(encoder.tokenizer, encoded),
             )
+    if stream is not None and stream.summary.skipped:
+        found = stream.summary
+        left_out = f"{found.skipped} of the first {found.rows} rows are invalid and left out"
+        yield Sample.of(f"{left_out}: {'; '.join(map(str, found.faults))}", [])
 
 
 def model_folder(model: str) -> Path:
@@ -96,18 +106,14 @@ def model_folder(model: str) -> Path:
     return unpacked(path, cache) if path.suffix.lower() == ".gguf" else path
 
 
-def _rows(file: Path, chosen: DataFormat, fields: FieldMap) -> Iterator[tuple[str, Example]]:
-    """Yield each example with its title: of preferences, one for each completion."""
-    if are_rated(file, chosen, fields):
-        yield from _rated(file, chosen, fields)
-        return
-    settings = DatasetSettings(format=chosen, fields=fields, weight=1.0, limit=None)
-    stream = examples(file, settings, on_invalid="skip", name=str(file))
+def _plain(stream: Examples) -> Iterator[tuple[str, Example]]:
+    """Yield each row to train on with its title."""
     for example in stream:
         yield f"{example.file} row {example.row} ({stream.summary.format})", example
 
 
 def _rated(file: Path, chosen: DataFormat, fields: FieldMap) -> Iterator[tuple[str, Example]]:
+    """Yield each completion of preferences with its title."""
     for row in read_data(file):
         try:
             labeled = rates_one(row, fields)

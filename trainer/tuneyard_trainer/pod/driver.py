@@ -33,6 +33,7 @@ from tuneyard.api.job_facts import FitAnswer, JobFacts
 from tuneyard.api.plan import Plan, SourceInput, leading
 from tuneyard.api.pods import (
     CA_VARIABLE,
+    CACHE_NAME,
     DRIVER_LOG,
     GRACE_SECONDS,
     OUTCOME_PREFIX,
@@ -477,10 +478,11 @@ def located(uri: str) -> str:
         return uri
     claim, _, path = rest.partition("/")
     volume = sources.PVC_ROOT / claim
-    if not volume.is_dir() or ".." in Path(path).parts:
+    if not volume.is_dir() or {"..", CACHE_NAME} & {claim, *Path(path).parts}:
         raise StageError(
             "OutputUnavailable",
-            f"{uri}: the claim is not mounted at {volume}, or the path leaves it.",
+            f"{uri}: the claim is not mounted at {volume}, or the path leaves it, or is in the "
+            "cache of other jobs.",
             advice="Correct spec.output.uri.",
         )
     return str(volume / path)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from tuneyard_trainer.data.reading import layouts
 from tuneyard_trainer.data.reading.example import Example, Message, RowError, check
 from tuneyard_trainer.data.reading.layouts import Layout
 from tuneyard_trainer.data.reading.rows import BrokenRow, Row, read_data
+from tuneyard_trainer.data.reading.stream import DETECTED_FROM, read_examples
 
 
 @dataclass(frozen=True)
@@ -106,21 +108,35 @@ def recognized(
 
 
 def are_rated(file: Path, chosen: DataFormat, fields: FieldMap) -> bool:
-    """Return whether a file's rows rate completions, by `chosen` or else by its first row.
+    """Return whether a file's rows rate completions, by `chosen` or else by its first row that can
+    be read.
 
     A prompt, a completion and a label are rated if the label is true or false. A number or a word
-    may be a class that somebody wants to train on.
+    may be a class that somebody wants to train on. A pair beside a conversation is rated if the
+    conversation ends without an answer, as in LLaMA-Factory's preferences.
     """
     if chosen != "auto":
         return chosen in ("preference", "ranking", "labeled")
-    first = next(iter(read_data(file)), None)
+    head = islice(read_data(file), DETECTED_FROM)
+    first = next((row for row in head if isinstance(row.value, dict)), None)
     value = first.value if first is not None and isinstance(first.value, dict) else {}
     layout = layouts.match(value, "preferences", fields)
     if layout is None:
         return False
     if layout.name == "labeled" and isinstance(layout.names(fields).value("label", value), bool):
         return True
-    return layouts.match(value, "training", fields) is None
+    plain = layouts.match(value, "training", fields)
+    if first is None or plain is None:
+        return True
+    return layout.name == "preference" and not _is_trainable(first, plain, fields)
+
+
+def _is_trainable(row: Row, layout: Layout, fields: FieldMap) -> bool:
+    """Return whether a row can be read as a conversation to train on."""
+    try:
+        return bool(read_examples(row, layout, layout.names(fields)))
+    except RowError:
+        return False
 
 
 def rates_one(row: Row, fields: FieldMap) -> bool:

@@ -65,7 +65,7 @@ class PreferenceStatistics:
         """Count a preference. `lengths`: of each completion, in tokens or in words."""
         self.preferences += 1
         turns = json.dumps(template_turns(preference.prompt), ensure_ascii=False)
-        texts = [completion.text for completion in preference.completions]
+        texts = [f"{each.reasoning}\0{each.text}" for each in preference.completions]
         self.prompts.append(_hash(turns))
         self.sizes[len(texts)] += 1
         self.contents.append(_hash(turns, *texts, str(preference.label)))

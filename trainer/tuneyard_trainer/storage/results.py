@@ -218,7 +218,7 @@ class Entry:
                 with suppress(OSError):
                     os.utime(self._folder / _RECORD)
                 return record
-        except ValueError:  # a record that is cut short
+        except (ValueError, RecursionError):  # a record that is cut short, or is none
             pass
         except OSError as error:
             if is_disk_full(error) or workdir in Path(error.filename or "").parents:

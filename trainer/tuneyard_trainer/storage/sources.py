@@ -19,7 +19,7 @@ from urllib.parse import unquote, urlsplit
 
 from tuneyard.api.packages import packaged_file
 from tuneyard.api.plan import SourceInput, digest
-from tuneyard.api.pods import CLAIMS_FOLDER
+from tuneyard.api.pods import CACHE_NAME, CLAIMS_FOLDER
 from tuneyard.errors import StageError
 from tuneyard_trainer.storage.digests import (
     WILDCARDS,
@@ -44,6 +44,8 @@ MODEL_FILES = (*LOADED_FILES, "LICENSE*", "NOTICE*", "README*")
 """Files that are fetched from a model folder; the last three name the license."""
 REPEATED_FILES = ("*/*", "consolidated*")
 """Files in subfolders and consolidated.* repeat the weights of a model in other layouts."""
+STALLED_SECONDS = 60.0
+"""A web server that sends nothing for this long cannot be reached."""
 
 _CHAT_TEMPLATES = PurePosixPath("additional_chat_templates")  # transformers' name
 _STAGE_WEIGHTS = PurePosixPath("weights")
@@ -127,6 +129,11 @@ def _local(path: Path, kind: Kind) -> Path:
 
 def _mounted(source: SourceInput, rest: str, kind: Kind) -> Path:
     claim, _, inside = rest.partition("/")
+    parts = Path(unquote(rest)).parts  # `_local` reads %2e as a dot, too
+    if ".." in parts:
+        raise FileNotFoundError(f"{rest} is outside of the claim")
+    if CACHE_NAME in parts:
+        raise PermissionError(errno.EACCES, "other jobs downloaded and prepared what lies there")
     volume = PVC_ROOT / claim
     if not volume.is_dir():
         raise StageError(
@@ -134,8 +141,6 @@ def _mounted(source: SourceInput, rest: str, kind: Kind) -> Path:
             f"{source.uri}: the claim is not mounted at {volume}; pvc:// sources need a cluster.",
             advice=f"On one machine, set {_field(source, 'uri')} to a file:// URI.",
         )
-    if ".." in Path(inside).parts:
-        raise FileNotFoundError(f"{inside} is outside of the claim")
     return _local(volume / inside, kind)
 
 
@@ -291,8 +296,10 @@ def _filesystem(source: SourceInput) -> tuple[Any, str]:
 
         fs = huggingface_hub.HfFileSystem(token=_token(source), skip_instance_cache=True)
         return fs, source.uri.removeprefix("hf://")
+    is_web = source.uri.startswith(("http://", "https://"))
+    options = _web_options(source.uri) if is_web else {}
     try:
-        fs, root = fsspec.core.url_to_fs(source.uri, skip_instance_cache=True)
+        fs, root = fsspec.core.url_to_fs(source.uri, skip_instance_cache=True, **options)
     except ValueError as error:  # "Protocol not known"
         raise StageError(
             "SourceUnavailable",
@@ -300,6 +307,23 @@ def _filesystem(source: SourceInput) -> tuple[Any, str]:
             advice=f"Set {_field(source, 'uri')} to a URI of another scheme.",
         ) from error
     return fs, root
+
+
+def _web_options(uri: str) -> dict[str, Any]:
+    """Return the options of a web server's file system.
+
+    A download takes the time that it takes, and ends where nothing arrives any more. By aiohttp's
+    default it ends after 5 minutes. A .gz file stays packed, although some servers call its
+    compression that of the transfer.
+    """
+    import aiohttp
+
+    timeout = aiohttp.ClientTimeout(sock_connect=STALLED_SECONDS, sock_read=STALLED_SECONDS)
+    is_packed = urlsplit(uri).path.lower().endswith(".gz")
+    return {
+        "client_kwargs": {"timeout": timeout, "auto_decompress": not is_packed},
+        "headers": {"Accept-Encoding": "identity"} if is_packed else {},
+    }
 
 
 def _listing(fs: Any, root: str, kind: Kind) -> tuple[dict[str, Mapping[str, Any]], bool]:

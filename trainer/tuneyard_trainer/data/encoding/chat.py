@@ -98,6 +98,24 @@ class ChatFormat:
         """How the template renders tools and reasoning."""
         return TemplateStyle.of(self.tokenizer, self.template)
 
+    @cached_property
+    def blocks_are_wrong(self) -> bool:
+        """Whether the template's {% generation %} blocks hold a question, or not its answer."""
+        if not _BLOCKS.search(self.template):
+            return False
+        question, answer = _PLACEHOLDER.format(1), _PLACEHOLDER.format(0)
+        turns: list[Message] = [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": answer},
+        ]
+        try:
+            text, spans = self._render_blocks(turns, ())
+        except MisfitError:
+            return False
+        blocks = [text[start:end] for start, end in spans]
+        asked, answered = (any(each in block for block in blocks) for each in (question, answer))
+        return bool(blocks) and (asked or not answered)
+
     def targets(
         self,
         messages: Sequence[Message],

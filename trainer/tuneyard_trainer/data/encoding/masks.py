@@ -43,7 +43,8 @@ class MaskProof:
 
     rows: int = 0
     whole: bool = True
-    """Whether every token of every row so far is a target."""
+    """Whether every token up to the last target of every row so far is a target: templates write
+    white space after it."""
     ended: bool = False
     """Whether a stop token of any row so far is a target."""
 
@@ -53,7 +54,7 @@ class MaskProof:
             return
         self.rows += 1
         if self.whole:
-            self.whole = all(piece.mask[1:].all() for piece in pieces)
+            self.whole = all(_is_whole(piece) for piece in pieces)
         if not self.ended:
             stops = list(encoder.stop_tokens)
             self.ended = any(np.isin(piece.ids[piece.mask == 1], stops).any() for piece in pieces)
@@ -66,8 +67,9 @@ class MaskProof:
 
     def check(self, name: str, encoder: Encoder) -> None:
         """Raise StageError NoStopToken if no row trains a stop token, and ContextTrained if every
-        token of every conversation is a target although the job trains on answers. `name`: the data
-        set's field in the manifest."""
+        token of every conversation is a target although the job trains on answers, or if the chat
+        template marks other text than the answers. `name`: the data set's field in the
+        manifest."""
         if self.rows and not self.ended:
             raise StageError(
                 "NoStopToken",
@@ -79,11 +81,23 @@ class MaskProof:
             )
         # Without a chat template, a prompt of one token leaves no token that is not a target.
         has_context = encoder.tokenizer.chat_template and encoder.train_on != "all"
-        if self.rows and self.whole and has_context:
+        if self.rows and has_context and (self.whole or encoder.blocks_are_wrong):
+            problem = (
+                f"every token of the {self.rows} conversations of {name} is a target, also those "
+                "of the questions"
+                if self.whole
+                else "the {% generation %} blocks of the chat template mark other text than the "
+                f"answers in the {self.rows} conversations of {name}"
+            )
             raise StageError(
                 "ContextTrained",
-                f"every token of the {self.rows} conversations of {name} is a target, also those "
-                f"of the questions, although trainOn is {encoder.train_on}.",
+                f"{problem}, although trainOn is {encoder.train_on}.",
                 advice="Correct the {% generation %} blocks of spec.data.chatTemplate, or set "
                 "spec.data.trainOn: all.",
             )
+
+
+def _is_whole(piece: Encoded) -> bool:
+    """Return whether every token up to the last target is one, but the first, which never is."""
+    targets = np.flatnonzero(piece.mask)
+    return bool(len(targets)) and len(targets) == targets[-1]

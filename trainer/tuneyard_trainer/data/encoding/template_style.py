@@ -19,7 +19,10 @@ from transformers.utils.chat_template_utils import render_jinja_template
 Message = dict[str, Any]
 
 # Templates raise these on unsupported conversations: by raise_exception, or by wrong assumptions.
-_TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, LookupError, AttributeError)
+_TEMPLATE_ERRORS = (
+    *(TemplateError, TypeError, ValueError, LookupError, AttributeError),
+    *(ArithmeticError, RecursionError),
+)
 _NAME, _KEY, _VALUE = "tuneyard_call", "tuneyard_key", "tuneyard_value"
 _TOOL = {
     "type": "function",

@@ -106,6 +106,11 @@ class Encoder:
             found.add(self.tokenizer.convert_tokens_to_ids(self._format.stop_token))
         return frozenset(int(token) for token in found if token is not None)
 
+    @property
+    def blocks_are_wrong(self) -> bool:
+        """Whether the chat template marks other text than answers as what is trained on."""
+        return bool(self.tokenizer.chat_template) and self._format.blocks_are_wrong
+
     @cached_property
     def _eos(self) -> int:
         if self.tokenizer.eos_token_id is None:

@@ -275,7 +275,7 @@ class _Log:
         known[key] = found
 
     def _entry(self, row: Row, value: Mapping[str, Any], kind: str) -> _Entry:
-        session = str(self._names.value("session", value) or "")
+        session = _text(self._names.value("session", value))
         request = self._names.value("of", value) if kind == "answer" else None
         request = None if request == "" else request  # an empty cell of a table
         holds_prompt = any(
@@ -325,7 +325,7 @@ class _Log:
             found.text = _hash(answer.text.strip())
             found.place = self._texts.add({column: value[column]})
         else:
-            found.by = str(names.value("by", value) or "")
+            found.by = _text(names.value("by", value))
         return found
 
     def _id(self, value: Mapping[str, Any], field: str, kind: str) -> str:
@@ -520,6 +520,11 @@ class _Log:
         request = self._texts.read(self._entries["request"][answer.request].place)
         turns, tools = readers.prompt(request, self._names, turns_first=False)
         return Parsed(turns, (self._completion(own)[1],), tools=tools)
+
+
+def _text(given: Any) -> str:
+    """Return an id as text; "": there is none. 0 is one."""
+    return "" if given is None else str(given)
 
 
 def _answer_hash(parsed: Parsed) -> bytes:

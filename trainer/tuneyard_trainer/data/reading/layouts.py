@@ -441,6 +441,8 @@ def explain(row: Mapping[str, Any], purpose: Purpose, fields: FieldMap) -> tuple
             f"The nearest is {layout.name} ({layout.shape}), whose columns are in lower case.",
             f"Name the fields: fields: {{{named}}}.",
         )
+    if problem := _other_turns(row):
+        return problem
     nearest, missing = _nearest(row, purpose, fields)
     if nearest is None:
         return "", _ADVICE
@@ -463,11 +465,34 @@ def _other_case(row: Mapping[str, Any], purpose: Purpose) -> tuple[Layout, dict[
     names = layout.names(FieldMap())
     found = {field: names.of(field, lowered) for field in layout.fields}
     named = {
-        field: printable(columns[column], 60)
+        field: _quoted(printable(columns[column], 60))
         for field, column in found.items()
         if column in columns and columns[column] != column
     }
     return (layout, named) if named else None
+
+
+def _quoted(column: str) -> str:
+    """Return a column's name for a field map of YAML, which drops white space around a text."""
+    return column if column == column.strip() else f"'{column}'"
+
+
+def _other_turns(row: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Return what is wrong with a row's turns, and the advice. None: it has no turns, or they have
+    roles."""
+    for column in readers.ASKED["messages"]:
+        turns = row.get(column)
+        if isinstance(turns, str) and turns.lstrip().startswith("["):
+            problem = f"{column} is a text, and turns are a list of objects."
+            return problem, f"Write the rows as JSONL, with {column} as a list."
+        first = turns[0] if isinstance(turns, list) and turns else None
+        if isinstance(first, Mapping) and not first.keys() & {"role", "from"}:
+            keys = printable(", ".join(map(str, first)), 100) or "no keys"
+            return (
+                f"A turn is {{role, content}} or {{from, value}}, and {column}[0] has {keys}.",
+                "Convert the turns, or name their keys: fields: {role: ..., content: ...}.",
+            )
+    return None
 
 
 def _nearest(

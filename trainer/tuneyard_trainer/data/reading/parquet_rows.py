@@ -117,7 +117,10 @@ class _Contents:
         alone is as large as a zip bomb."""
         row_bytes = 0.0
         for column, listed in zip(self._groups[index], self._listed, strict=True):
-            size, entries = _dictionary(self._file, column.get(11) or column.get(9, 0))
+            # A field of another type than the format's is none: pyarrow skips it too.
+            starts = (column.get(number) for number in (11, 9))
+            start = next((each for each in starts if isinstance(each, int) and each), 0)
+            size, entries = _dictionary(self._file, start)
             values = column[5] / max(1, self._group_rows[index])
             row_bytes += size / max(1, entries) * values if listed else size
         if row_bytes > rows.BOMB_BYTES:
@@ -141,7 +144,8 @@ def _dictionary(file: IO[bytes], offset: int) -> tuple[int, int]:
     file.seek(offset)
     try:
         page = Compact(file.read(_HEADER)).struct()
-        return (page[2], page[7][1]) if page[1] == _DICTIONARY_PAGE else (0, 1)
+        size, entries = (page[2], page[7][1]) if page[1] == _DICTIONARY_PAGE else (0, 1)
+        return int(size), int(entries)
     except (LookupError, ValueError, TypeError, RecursionError):
         return 0, 1
 

@@ -184,7 +184,7 @@ def pair(row: Row, names: Names) -> Iterator[Parsed]:
     (asked, chosen), (other, rejected) = found
     if asked != other:
         raise RowError(f"{fields[0]} and {fields[1]} have different prompts", "DifferingPrompts")
-    if chosen.text.strip() == rejected.text.strip():
+    if _said(chosen) == _said(rejected):
         raise RowError(f"{fields[0]} and {fields[1]} are the same completion", "IdenticalSides")
     label = _probability(row.get("probability", 1.0))
     best, worst = map(row.get, PAIR_SCORES)
@@ -209,7 +209,7 @@ def ranking(row: Row, names: Names) -> Iterator[Parsed]:
         answers.append(answer(each[key] if key else each, where, before, names)[1])
     ranks, are_scores = _ranks(row, names, given)
     ordered = _ordered(answers, ranks)
-    if len({answer.text.strip() for answer in ordered}) < len(ordered):
+    if len(set(map(_said, ordered))) < len(ordered):
         raise RowError("two completions of the ranking are the same", "IdenticalSides")
     tied = len(answers) - len(ordered)
     margin = max(ranks) - min(ranks) if are_scores else None
@@ -306,6 +306,11 @@ def _columns_beside(row: Row, fields: Sequence[str]) -> list[str]:
 
 def _without_system(turns: tuple[Message, ...]) -> tuple[Message, ...]:
     return turns[1:] if turns and turns[0].role == "system" else turns
+
+
+def _said(answer: Message) -> tuple[str, str]:
+    """Return what makes an answer another one: answers may differ in their reasoning alone."""
+    return answer.text.strip(), answer.reasoning.strip()
 
 
 def _filled(answer: Message, field: str) -> Message:

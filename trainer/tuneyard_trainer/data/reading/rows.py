@@ -43,6 +43,7 @@ MAX_ROW = 64 << 20
 MAX_LEVELS = 450
 """The deepest nesting of a row: the longest conversation of a tree has two levels a message. Deeper
 values exceed the stack of what reads them."""
+_ONE_VALUE = "rename a file that is one list of rows to .json"
 _UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 BOMB_BYTES, BOMB_RATIO = 1 << 30, 200
 """A file that unpacks to more than both, bytes and times its size, is refused. Text unpacks to 3 to
@@ -258,11 +259,15 @@ def _jsonl(file: IO[bytes]) -> Iterator[Row | Line]:
 
 def _value(line: bytes) -> dict[str, Any] | BrokenRow:
     try:
-        return _row_value(_DECODER.decode(line.decode()))
+        value = _DECODER.decode(line.decode())
+        if isinstance(value, list):
+            return BrokenRow(f"a row must be an object with fields, not list; {_ONE_VALUE}")
+        return _row_value(value)
     except UnicodeDecodeError as error:
         return BrokenRow(f"not UTF-8: byte 0x{line[error.start]:02x} at column {error.start + 1}")
     except json.JSONDecodeError as error:
-        return BrokenRow(f"not JSON: {error.msg} at column {error.colno}")
+        hint = f"; {_ONE_VALUE}" if line.strip() in (b"[", b"{") else ""
+        return BrokenRow(f"not JSON: {error.msg} at column {error.colno}{hint}")
     except (ValueError, RecursionError) as error:
         return BrokenRow(_refused(error))
 

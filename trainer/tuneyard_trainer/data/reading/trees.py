@@ -31,8 +31,8 @@ def link_messages(rows: Iterable[Row]) -> Iterator[Row]:
 
     All flat messages are held in memory, as replies may come in any order. Trees and broken rows
     are yielded unchanged. A message whose parent is not in the data, which has no id or one that
-    appears twice, or which is its own ancestor is a broken row. A tree has the number of its first
-    message.
+    appears twice, or which is its own ancestor is a broken row, and so are all messages below it. A
+    tree has the number of its first message.
     """
     rows_by_key: dict[str, Row] = {}
     nodes: dict[str, dict[str, Any]] = {}
@@ -62,6 +62,8 @@ def link_messages(rows: Iterable[Row]) -> Iterator[Row]:
             yield _broken(row, f"the parent message {parent} is not in the data")
         elif key in circles:
             yield _broken(row, f"message_id {key} is its own ancestor: the replies form a circle")
+        elif key not in reached:
+            yield _broken(row, f"the message {parent} before it, or one before that, is invalid")
 
 
 def _broken(row: Row, reason: str) -> Row:

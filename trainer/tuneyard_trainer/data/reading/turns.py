@@ -32,8 +32,11 @@ class TurnKeys:
 
     def of(self, turn: Mapping[str, Any]) -> tuple[str, str]:
         """Return the keys of the role and of the text in this turn."""
-        sharegpt = "role" not in turn and "from" in turn
-        role, content = ("from", "value") if sharegpt else ("role", "content")
+        role, content, other = "role", "content", "value"
+        if "role" not in turn and "from" in turn:
+            role, content, other = "from", "value", "content"
+        if content not in turn and other in turn:  # Axolotl's {role, value}
+            content = other
         return self.role or role, self.content or content
 
 
@@ -145,7 +148,7 @@ def _content(value: Any, where: str, key: str) -> tuple[str, str]:
         parts = [_part(part, where) for part in value]
         return "".join(text for text, _ in parts), "\n".join(t for _, t in parts if t)
     if not isinstance(value, str):
-        raise RowError(f"{where}: {key} must be a string, not {type(value).__name__}")
+        raise RowError(f"{where}: {key} must be a string, not {kind_of(value)}")
     return value, ""
 
 
