@@ -14,6 +14,7 @@ from peft import PeftType
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from tuneyard_trainer.generation.prefixes import Prefix
 from tuneyard_trainer.models.probes import base_of
 
 
@@ -25,17 +26,20 @@ def generate(
     stop: Sequence[int],
     max_new_tokens: int,
     processors: Sequence[LogitsProcessor] = (),
+    prefix: Prefix | None = None,
 ) -> list[tuple[int, ...]]:
     """Return the most likely completion of each prompt, up to and with its first stop token.
 
     `processors` change the logits before a token is chosen. The model's own generation settings
-    (repetition penalties, suppressed tokens) do not apply.
+    (repetition penalties, suppressed tokens) do not apply. `prefix`: what all prompts begin with,
+    as the model's present weights see it. None: the prompts are computed from their first token.
     """
     output = _generate(
         model,
         prompts,
         pad,
         processors,
+        prefix,
         eos_token_id=list(stop) or None,
         max_new_tokens=max_new_tokens,
     )
@@ -43,9 +47,13 @@ def generate(
     return [_until_stop(row, stop) for row in output.sequences[:, width:].tolist()]
 
 
-def next_token_logits(model: Any, prompts: Sequence[Sequence[int]], *, pad: int) -> Tensor:
-    """Return (N, V) the model's logits of the token after each prompt."""
-    logits: Tensor = _generate(model, prompts, pad, max_new_tokens=1, output_logits=True).logits[0]
+def next_token_logits(
+    model: Any, prompts: Sequence[Sequence[int]], *, pad: int, prefix: Prefix | None = None
+) -> Tensor:
+    """Return (N, V) the model's logits of the token after each prompt. `prefix`: as `generate`
+    takes it."""
+    output = _generate(model, prompts, pad, prefix=prefix, max_new_tokens=1, output_logits=True)
+    logits: Tensor = output.logits[0]
     return logits
 
 
@@ -81,9 +89,12 @@ def _generate(
     prompts: Sequence[Sequence[int]],
     pad: int,
     processors: Sequence[LogitsProcessor] = (),
+    prefix: Prefix | None = None,
     **settings: Any,
 ) -> Any:
-    ids_NL, mask_NL = _left_padded(prompts, pad, next(model.parameters()).device)
+    device = next(model.parameters()).device
+    ids_NL, mask_NL = _left_padded(prompts, pad, device, prefix.ids if prefix else ())
+    cached = {} if prefix is None else {"past_key_values": prefix.cache(len(prompts))}
     config = GenerationConfig(
         do_sample=False, pad_token_id=pad, return_dict_in_generate=True, **settings
     )
@@ -94,20 +105,24 @@ def _generate(
             attention_mask=mask_NL,
             generation_config=config,
             logits_processor=LogitsProcessorList(processors),
+            **cached,
         )
 
 
 def _left_padded(
-    prompts: Sequence[Sequence[int]], pad: int, device: torch.device
+    prompts: Sequence[Sequence[int]], pad: int, device: torch.device, prefix: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
     """Return (N, L) ids and attention mask, padded on the left so that completions begin in one
-    column."""
+    column. The padding follows the prefix, which has the same columns in all rows."""
     width = max(len(prompt) for prompt in prompts)
     ids_NL = torch.full((len(prompts), width), pad)
     mask_NL = torch.zeros_like(ids_NL)
+    ids_NL[:, : len(prefix)] = torch.tensor(prefix)
+    mask_NL[:, : len(prefix)] = 1
     for row, prompt in enumerate(prompts):
-        ids_NL[row, width - len(prompt) :] = torch.tensor(prompt)
-        mask_NL[row, width - len(prompt) :] = 1
+        start = width - len(prompt) + len(prefix)
+        ids_NL[row, start:] = torch.tensor(prompt[len(prefix) :])
+        mask_NL[row, start:] = 1
     return ids_NL.to(device), mask_NL.to(device)
 
 

@@ -11,6 +11,7 @@ from tuneyard_trainer.generation.batches import (
     own_stop_tokens,
     prompt_tuned,
 )
+from tuneyard_trainer.generation.prefixes import Prefix
 
 BATCH = 32
 """Prompts in a batch: with a 1k-token prompt the cache of a 1B model then takes about 2 GiB."""
@@ -36,6 +37,7 @@ def continuations(
     completions: dict[int, str] = {}
     encoded = tokenizer(list(prompts), add_special_tokens=add_special_tokens)["input_ids"]
     lengths = [len(ids) for ids in encoded]
+    prefix = Prefix.of(model, encoded)
     for chosen in length_batches(lengths, BATCH, padded=not prompt_tuned(model)):
         before_batch()
         tokens = generate(
@@ -44,6 +46,7 @@ def continuations(
             pad=tokenizer.pad_token_id,
             stop=own_stop_tokens(model),
             max_new_tokens=max_new_tokens,
+            prefix=prefix,
         )
         texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
         completions.update((i, text.strip()) for i, text in zip(chosen, texts, strict=True))

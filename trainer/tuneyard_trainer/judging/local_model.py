@@ -22,6 +22,7 @@ from tuneyard_trainer.generation.batches import (
     next_token_logits,
     prompt_tuned,
 )
+from tuneyard_trainer.generation.prefixes import Prefix
 from tuneyard_trainer.generation.sampling import stop_tokens
 from tuneyard_trainer.judging.judges import LABELS, JudgePrompt, Reply, normalize
 from tuneyard_trainer.models import base
@@ -71,19 +72,25 @@ class ModelJudge:
         """Yield replies to tokenized prompts, all of which want a label, or none."""
         size = GPU_BATCH if self._device.type == "cuda" else CPU_BATCH
         lengths = [len(ids) for _, ids in prompts]
+        prefix = Prefix.of(self._model, [ids for _, ids in prompts])  # the judge's instructions
         for indices in length_batches(lengths, size, padded=not prompt_tuned(self._model)):
             if self._stop():
                 return
             batch = [prompts[i] for i in indices]
             reply = self._label if batch[0][0].wants_label else self._write
-            yield from reply([prompt for prompt, _ in batch], [ids for _, ids in batch])
+            yield from reply([prompt for prompt, _ in batch], [ids for _, ids in batch], prefix)
 
     # ---- one batch ------------------------------------------------------------------------------
 
     def _label(
-        self, prompts: Sequence[JudgePrompt], tokenized: Sequence[list[int]]
+        self,
+        prompts: Sequence[JudgePrompt],
+        tokenized: Sequence[list[int]],
+        prefix: Prefix | None,
     ) -> Iterator[Reply]:
-        logits_NV = next_token_logits(self._model, tokenized, pad=self._tokenizer.pad_token_id)
+        logits_NV = next_token_logits(
+            self._model, tokenized, pad=self._tokenizer.pad_token_id, prefix=prefix
+        )
         labels = label_tokens(self._tokenizer)
         probabilities_NV = logits_NV.float().softmax(-1)
         for row, (prompt, ids) in enumerate(zip(prompts, tokenized, strict=True)):
@@ -93,7 +100,10 @@ class ModelJudge:
             yield Reply(prompt.key, text, probability, mass, tokens=len(ids) + 1)
 
     def _write(
-        self, prompts: Sequence[JudgePrompt], tokenized: Sequence[list[int]]
+        self,
+        prompts: Sequence[JudgePrompt],
+        tokenized: Sequence[list[int]],
+        prefix: Prefix | None,
     ) -> Iterator[Reply]:
         completions = generate(
             self._model,
@@ -101,6 +111,7 @@ class ModelJudge:
             pad=self._tokenizer.pad_token_id,
             stop=self._stop_tokens,
             max_new_tokens=max(prompt.max_tokens for prompt in prompts),
+            prefix=prefix,
         )
         for prompt, ids, completion in zip(prompts, tokenized, completions, strict=True):
             kept = completion[: prompt.max_tokens]
