@@ -12,12 +12,14 @@ import yaml
 
 from tuneyard.api.gates import VERDICT_WORDS, GateResult
 from tuneyard.api.plan import StageRecord
+from tuneyard.api.report import REPORT
 from tuneyard_trainer.data.encoding.masks import Run, runs
 from tuneyard_trainer.data.encoding.tokenization import Encoded
 from tuneyard_trainer.data.prepared import Rows
 from tuneyard_trainer.models.base import load_tokenizer
 from tuneyard_trainer.reporting import plots
 from tuneyard_trainer.reporting.card import usage, write_card
+from tuneyard_trainer.reporting.document import document
 from tuneyard_trainer.reporting.formatting import ABSENT, count, duration, harmless
 from tuneyard_trainer.reporting.results import seconds_of
 from tuneyard_trainer.reporting.summary import RunSummary
@@ -36,7 +38,7 @@ def write(
     measured: Mapping[str, float],
     base_license: str | None,
 ) -> None:
-    """Write `loss.png`, `report.html` and `README.md` into the export folder.
+    """Write `loss.png`, `report.json`, `report.html` and `README.md` into the export folder.
 
     `inputs`: the export stage's inputs; those of `data`, `tuned` and `evaluation` that exist are
     read. `manifest`: the job's manifest with its defaults. `measured`: what the checks of
@@ -48,6 +50,8 @@ def write(
     light = plots.draw(summary.curves, _title(summary))
     (folder / "loss.png").write_bytes(light)
     dark = plots.draw(summary.curves, _title(summary), "dark")
+    found = document(summary, inputs, _rows(inputs.get("data")), _files(summary))
+    (folder / REPORT).write_text(found.to_json(), encoding="utf-8")
     page = _page(summary, light, dark, inputs)
     (folder / "report.html").write_text(page, encoding="utf-8")
     (folder / "README.md").write_text(write_card(summary), encoding="utf-8")
@@ -106,6 +110,7 @@ def _files(summary: RunSummary) -> list[tuple[str, str]]:
         ("README.md", "the model card"),
         ("job.yaml", "the manifest with all defaults filled in"),
         ("loss.png", "the training curves"),
+        (REPORT, "this report as JSON"),
     ]
 
 
