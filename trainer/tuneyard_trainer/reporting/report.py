@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jinja2
-import yaml
-
-from tuneyard.api.gates import VERDICT_WORDS, GateResult
-from tuneyard.api.plan import StageRecord
 from tuneyard.api.report import REPORT
 from tuneyard_trainer.data.encoding.masks import Run, runs
 from tuneyard_trainer.data.encoding.tokenization import Encoded
@@ -20,8 +14,8 @@ from tuneyard_trainer.models.base import load_tokenizer
 from tuneyard_trainer.reporting import plots
 from tuneyard_trainer.reporting.card import usage, write_card
 from tuneyard_trainer.reporting.document import document
-from tuneyard_trainer.reporting.formatting import ABSENT, count, duration, harmless
-from tuneyard_trainer.reporting.results import seconds_of
+from tuneyard_trainer.reporting.formatting import ABSENT
+from tuneyard_trainer.reporting.page import Pictures, render
 from tuneyard_trainer.reporting.summary import RunSummary
 
 ROWS_SHOWN = 3
@@ -52,7 +46,7 @@ def write(
     dark = plots.draw(summary.curves, _title(summary), "dark")
     found = document(summary, inputs, _rows(inputs.get("data")), _files(summary))
     (folder / REPORT).write_text(found.to_json(), encoding="utf-8")
-    page = _page(summary, light, dark, inputs)
+    page = render(found, summary, Pictures(light, dark), usage(summary))
     (folder / "report.html").write_text(page, encoding="utf-8")
     (folder / "README.md").write_text(write_card(summary), encoding="utf-8")
 
@@ -65,27 +59,6 @@ def _title(summary: RunSummary) -> str:
     before = "" if row.base == ABSENT else f"{row.base} → "
     metric = row.label.partition(" (")[0]
     return f"{summary.name}: {metric[0].lower()}{metric[1:]} {before}{row.tuned}"
-
-
-def _page(summary: RunSummary, light: bytes, dark: bytes, inputs: Mapping[str, Path]) -> str:
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("tuneyard_trainer.reporting"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(harmless=harmless, count=count, duration=_duration, verdict=_verdict)
-    return environment.get_template("report.html.jinja").render(
-        summary=summary,
-        curve_light=_data_uri(light),
-        curve_dark=_data_uri(dark),
-        manifest=yaml.safe_dump(summary.manifest, sort_keys=False, allow_unicode=True),
-        files=_files(summary),
-        absent=ABSENT,
-        usage=usage(summary),
-        rows=_rows(inputs.get("data")),
-    )
 
 
 def _rows(folder: Path | None) -> list[list[Run]]:
@@ -112,15 +85,3 @@ def _files(summary: RunSummary) -> list[tuple[str, str]]:
         ("loss.png", "the training curves"),
         (REPORT, "this report as JSON"),
     ]
-
-
-def _data_uri(png: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
-
-
-def _verdict(gate: GateResult) -> str:
-    return VERDICT_WORDS[gate.verdict]
-
-
-def _duration(record: StageRecord) -> str:
-    return duration(seconds_of(record))

@@ -154,9 +154,14 @@ class Results:
     """The metrics of the evaluation, by name."""
 
     @property
+    def own_heading(self) -> str:
+        """The heading of the comparisons on the job's own rows or prompts."""
+        return "On held-out rows" if self.held_out else "On training prompts"
+
+    @property
     def heading(self) -> str:
         """The heading of the comparisons."""
-        rows = "On held-out rows" if self.held_out else "On training prompts"
+        rows = self.own_heading
         found = {each.on_suite for each in self.comparisons}
         if found == {True}:
             return "On suites"
