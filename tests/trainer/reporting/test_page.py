@@ -15,6 +15,8 @@ from tests.trainer.reporting.pages import ANSWERS, HOSTILE, written
 from tuneyard.api.report import Answer
 from tuneyard_trainer.reporting.page import MOST_SHOWN, shown_answers
 
+TIMEOUT = 120_000.0
+"""Milliseconds: other tests compute at the same time."""
 DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 375, "height": 800}
 
 Open = Callable[..., Page]
@@ -31,7 +33,7 @@ def browser(chromium: Path) -> Iterator[Browser]:
     """Headless Chromium."""
     as_root = ["--no-sandbox"] if os.geteuid() == 0 else []
     with sync_playwright() as playwright:
-        found = playwright.chromium.launch(executable_path=chromium, args=as_root)
+        found = playwright.chromium.launch(executable_path=chromium, args=as_root, timeout=TIMEOUT)
         yield found
         found.close()
 
@@ -43,6 +45,7 @@ def opened(browser: Browser, file: Path) -> Iterator[Open]:
 
     def open_page(path: Path = file, **options: Any) -> Page:
         context = browser.new_context(**{"viewport": DESKTOP, **options})
+        context.set_default_timeout(TIMEOUT)
         contexts.append(context)
         page = context.new_page()
         page.on("console", lambda message: problems.append(message.text))

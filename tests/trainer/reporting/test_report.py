@@ -185,7 +185,7 @@ def test_verdicts_flipped_answers_and_unclear_differences_are_on_the_page_and_th
     )
     shown = "".join(Page(page(tmp_path / "result")).text.split())  # cells have no space between
     for text in (
-        "+81 points, no clear difference -10 to +90 points",
+        "+81 points, no clear difference \N{MINUS SIGN}10 to +90 points",
         "answerAccuracy pass 0.875, base 0.0625 worse by -0.99 to -0.6 16",
         "lossReduction advisory insufficient evidence 0.5",
         "The advisory gate is not met: lossReduction is 0.5, on fewer than 50 items",
@@ -485,7 +485,7 @@ def test_any_history_is_plotted_without_a_warning(
 
 def test_curves_ignore_a_missing_file_and_an_incomplete_last_line(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    empty = plots.Panel("Loss (nats per token)", "loss", [], [])
+    empty = plots.Panel("Loss (nats per token)", "loss", [], [], metric="loss")
     assert plots.Curves.read(path) == plots.Curves((empty,), [])
     path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "lo')
     assert plots.Curves.read(path).panels[0].training == [(1, 2.0)]
