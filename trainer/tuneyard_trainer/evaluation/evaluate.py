@@ -65,6 +65,7 @@ def _run(context: StageContext, shared: SharedStage) -> StageOutcome:
         found.metrics,
         found.samples,
         {**found.details, **({"suites": found.suites} if found.suites else {})},
+        answers=found.answers,
         steps=STEPS,
         items=found.items,
     )

@@ -146,7 +146,10 @@ class HeldOut:
         ]
         questions = self.rows[GIVEN].questions
         answers = tuned[GIVEN].answers, before[GIVEN].answers if before else None
-        parts.append(Found(samples=_samples(questions, *answers, self.samples)))
+        few_shot = before[GIVEN].few_shot if before else ()
+        found = _samples(questions, *answers, few_shot)
+        shown = [found[i] for i in spread(len(found), self.samples)]
+        parts.append(Found(samples=shown, answers=found))
         if questions:
             parts += [_scored(metric, questions, *answers) for metric in self.metrics]
         if self.few_shot and before:
@@ -167,7 +170,7 @@ class HeldOut:
         if self.few_shot is None:
             return Found()
         questions = self.rows[GIVEN].questions
-        metrics = self.few_shot.metrics
+        metrics, items = self.few_shot.metrics, {}
         for metric in (_answer_accuracy(questions), *self.metrics):
             accepted = [q.accepted for q in questions]
             own, examples = metric(tuned, accepted), metric(few_shot, accepted)
@@ -175,12 +178,16 @@ class HeldOut:
                 metrics[prefixed("baseFewShot", name)] = value
             for name, values_N in examples.means.items():
                 gains_N = own.means[name] - values_N
+                prompted = prefixed("baseFewShot", name)
+                checked = [q for q in questions if q.expected or name != "answerAccuracy"]
+                ids = tuple(question.prompt.where for question in checked)
+                items[prompted] = Items(ids, values_N, None, higher_is_better=True)
                 metrics |= {
-                    prefixed("baseFewShot", name): float(np.mean(values_N)),
+                    prompted: float(np.mean(values_N)),
                     f"{name}FewShotGain": float(np.mean(gains_N)),
                     f"{name}FewShotGainError": float(np.std(gains_N) / math.sqrt(len(gains_N))),
                 }
-        return Found(metrics)
+        return Found(metrics, items=items)
 
 
 def _answer_accuracy(questions: Sequence[Question]) -> TaskMetric:
@@ -281,16 +288,19 @@ def _samples(
     questions: Sequence[Question],
     tuned: Sequence[str],
     before: Sequence[str] | None,
-    count: int,
+    few_shot: Sequence[str],
 ) -> list[Sample]:
-    """Return `count` questions, evenly spaced, with each model's answer."""
+    """Return each question with each model's answer. `few_shot`: those with worked examples; empty:
+    there are none."""
     return [
         Sample(
-            prompt=questions[i].prompt.question,
-            reference=questions[i].reference,
+            prompt=question.prompt.question,
+            reference=question.reference,
             base=before[i] if before else None,
             tuned=tuned[i],
-            expected=questions[i].expected,
+            expected=question.expected,
+            where=question.prompt.where,
+            few_shot=few_shot[i] if few_shot else None,
         )
-        for i in spread(len(questions), count)
+        for i, question in enumerate(questions)
     ]

@@ -60,9 +60,15 @@ class Items:
         """The 95% interval of the tuned model's mean. None: the items are not usable."""
         if not self.is_usable:
             return None
-        if self.weights_N is None and _is_right_or_wrong(self.tuned_N):
-            return share_interval(int(self.tuned_N.sum()), len(self))
-        return self._interval(self.tuned_N)
+        return self._mean_interval(self.tuned_N)
+
+    @cached_property
+    def base_interval(self) -> Interval | None:
+        """The 95% interval of the base model's mean. None: it was not measured, or the items are
+        not usable."""
+        if self.base_N is None or not self.is_usable:
+            return None
+        return self._mean_interval(self.base_N)
 
     @cached_property
     def difference_interval(self) -> Interval | None:
@@ -109,6 +115,7 @@ class Items:
         if self.base_N is not None:
             found |= {
                 "base": self.mean(self.base_N),
+                "baseInterval": self.base_interval,
                 "difference": self.mean(self.tuned_N - self.base_N),
                 "differenceInterval": self.difference_interval,
             }
@@ -132,6 +139,11 @@ class Items:
             if values is not None
         }
         return {"ids": list(self.ids[:MAX_ITEMS]), **shown}
+
+    def _mean_interval(self, values_N: NDArray[np.float64]) -> Interval:
+        if self.weights_N is None and _is_right_or_wrong(values_N):
+            return share_interval(int(values_N.sum()), len(self))
+        return self._interval(values_N)
 
     def _interval(self, values_N: NDArray[np.float64]) -> Interval:
         return ratio_interval(values_N * self._weights, self._weights)

@@ -104,6 +104,8 @@ class Found:
     """The values of a metric for each item, by the metric's name."""
     details: Mapping[str, Any] = field(default_factory=dict)
     """Recorded beside the samples."""
+    answers: Sequence[Sample] = ()
+    """All answers of both models to the job's own prompts; `samples` are a few of them."""
     suites: Mapping[str, Any] = field(default_factory=dict)
     """Facts of each suite by its name, such as its items. Recorded apart: names are free."""
 
@@ -116,6 +118,7 @@ class Found:
             samples=[sample for each in every for sample in each.samples],
             items={name: value for each in every for name, value in each.items.items()},
             details={name: value for each in every for name, value in each.details.items()},
+            answers=[answer for each in every for answer in each.answers],
             suites={name: value for each in every for name, value in each.suites.items()},
         )
 

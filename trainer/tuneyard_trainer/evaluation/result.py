@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 from tuneyard.api.evaluation import Gate
 from tuneyard.api.plan import StageInput
 from tuneyard.api.pods import stage_folder
 from tuneyard_trainer.evaluation.gates import check_gates, judge_gates
-from tuneyard_trainer.evaluation.items import Items
+from tuneyard_trainer.evaluation.items import MAX_ITEMS, Items
 from tuneyard_trainer.reporting.results import Sample
 from tuneyard_trainer.worker import StageContext, StageOutcome
 
@@ -25,25 +24,28 @@ def finish(
     samples: Sequence[Sample],
     details: Mapping[str, Any] | None = None,
     *,
+    answers: Sequence[Sample] = (),
     steps: int = 1,
     items: Mapping[str, Items] | None = None,
 ) -> StageOutcome:
     """Write `evaluation.json`, check the gates and return the stage's outcome.
 
-    `details`: recorded beside the samples. `steps`: the number of the stage's steps. `items`: the
-    values of each item by the metric that is their mean; the gates' evidence. Raises StageError
+    `details`: recorded beside the samples. `answers`: all answers, of which `samples` are a few;
+    only the file holds them. `steps`: the number of the stage's steps. `items`: the values of each
+    item by the metric that is their mean; the gates' evidence. Raises StageError
     GateFailed after the file is written and the verdicts are reported.
     """
     items = items or {}
     results = judge_gates(gates, metrics, items)
     shown = {
-        "samples": [asdict(sample) for sample in samples],
+        "samples": [sample.to_json() for sample in samples],
         "gates": [result.model_dump(mode="json", by_alias=True) for result in results],
         "evidence": {metric: found.summary() for metric, found in items.items()},
     }
     values = {metric: found.values() for metric, found in items.items()}
     file = context.workdir / EVALUATION
     result = {"metrics": metrics, **shown, "items": values}
+    result["answers"] = [answer.to_json() for answer in answers[:MAX_ITEMS]]
     file.write_text(json.dumps(result, indent=2, ensure_ascii=False))
     context.worker.persist(file)  # before the gates: a missed one ends the stage without a record
     context.worker.report(step=steps, total_steps=steps, metrics=metrics, gates=results)

@@ -116,11 +116,13 @@ class SampledCompletions:
             before.texts,
             np.array(tuned.lengths, dtype=np.float64),
         )
+        found = self._answers(answered)
         own = Found(
             _signs(tuned, before) if self.prompts else {},
-            self._samples(answered),
+            [found[i] for i in spread(len(found), self.samples)],
             self._items(tuned, before) if self.prompts else {},
             {"promptsHeldOut": self.held_out},
+            found,
         )
         return Found.merged([own, *(rater.rate(answered) for rater in self.raters)])
 
@@ -143,16 +145,14 @@ class SampledCompletions:
             ),
         }
 
-    def _samples(self, answered: Answered) -> list[Sample]:
-        """Return prompts, evenly spaced, with both models' completions."""
+    def _answers(self, answered: Answered) -> list[Sample]:
+        """Return the prompts with both models' completions."""
+        texts = zip(answered.prompts, answered.before, answered.tuned, strict=True)
         return [
             Sample(
-                prompt=answered.prompts[i].question,
-                reference="",
-                base=answered.before[i],
-                tuned=answered.tuned[i],
+                prompt=prompt.question, reference="", base=before, tuned=tuned, where=prompt.where
             )
-            for i in spread(len(self.prompts), self.samples)
+            for prompt, before, tuned in texts
         ]
 
 

@@ -70,6 +70,8 @@ class Panel:
     held_out: Points
     base: float | None = None
     """The base model's value on the held-out rows. None: not measured."""
+    metric: str = ""
+    """The name of the metric."""
 
 
 @dataclass(frozen=True)
@@ -90,18 +92,27 @@ class Curves:
         series = partial(_series, lines)
         if kind in REINFORCEMENT_KINDS:
             panels: tuple[Panel, ...] = (
-                Panel("Reward", "reward", series("reward"), series("heldOutReward")),
-                Panel("KL (nats)", "KL", series("kl"), series("heldOutKl")),
+                Panel(
+                    "Reward",
+                    "reward",
+                    series("reward"),
+                    series("heldOutReward"),
+                    metric="reward",
+                ),
+                Panel("KL (nats)", "KL", series("kl"), series("heldOutKl"), metric="kl"),
             )
         else:
             base = next((line[_BASE] for line in lines if _BASE in line), None)
             unit = " (nats per token)" if kind in (*SUPERVISED_KINDS, "distill") else ""
             training, held_out = series("loss"), series("validationLoss")
-            panels = (Panel(f"Loss{unit}", "loss", training, held_out, base),)
+            panels = (Panel(f"Loss{unit}", "loss", training, held_out, base, metric="loss"),)
+            if general := series("generalLoss"):
+                base = next((line[_BASE_GENERAL] for line in lines if _BASE_GENERAL in line), None)
+                panels += (Panel("General loss", "general loss", (), general, base, "generalLoss"),)
         return cls(panels, series("learningRate"))
 
 
-_BASE = "baseValidationLoss"
+_BASE, _BASE_GENERAL = "baseValidationLoss", "baseGeneralLoss"
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
@@ -228,9 +239,9 @@ def smoothed(points: Points) -> Points:
     return result
 
 
-def thinned(points: Points) -> Points:
-    """Return every n-th point and the last one: at most about MAX_POINTS."""
-    interval = -(-len(points) // MAX_POINTS)
+def thinned(points: Points, most: int = MAX_POINTS) -> Points:
+    """Return every n-th point and the last one: at most about `most`."""
+    interval = -(-len(points) // most)
     if interval <= 1:
         return points
     return [*points[:-1:interval], points[-1]]

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jinja2
-import yaml
-
-from tuneyard.api.gates import VERDICT_WORDS, GateResult
-from tuneyard.api.plan import StageRecord
+from tuneyard.api.report import REPORT
 from tuneyard_trainer.data.encoding.masks import Run, runs
 from tuneyard_trainer.data.encoding.tokenization import Encoded
 from tuneyard_trainer.data.prepared import Rows
 from tuneyard_trainer.models.base import load_tokenizer
 from tuneyard_trainer.reporting import plots
 from tuneyard_trainer.reporting.card import usage, write_card
-from tuneyard_trainer.reporting.formatting import ABSENT, count, duration, harmless
-from tuneyard_trainer.reporting.results import seconds_of
+from tuneyard_trainer.reporting.document import document
+from tuneyard_trainer.reporting.formatting import ABSENT
+from tuneyard_trainer.reporting.page import Pictures, render
 from tuneyard_trainer.reporting.summary import RunSummary
 
 ROWS_SHOWN = 3
@@ -36,7 +32,7 @@ def write(
     measured: Mapping[str, float],
     base_license: str | None,
 ) -> None:
-    """Write `loss.png`, `report.html` and `README.md` into the export folder.
+    """Write `loss.png`, `report.json`, `report.html` and `README.md` into the export folder.
 
     `inputs`: the export stage's inputs; those of `data`, `tuned` and `evaluation` that exist are
     read. `manifest`: the job's manifest with its defaults. `measured`: what the checks of
@@ -48,7 +44,9 @@ def write(
     light = plots.draw(summary.curves, _title(summary))
     (folder / "loss.png").write_bytes(light)
     dark = plots.draw(summary.curves, _title(summary), "dark")
-    page = _page(summary, light, dark, inputs)
+    found = document(summary, inputs, _rows(inputs.get("data")), _files(summary))
+    (folder / REPORT).write_text(found.to_json(), encoding="utf-8")
+    page = render(found, summary, Pictures(light, dark), usage(summary))
     (folder / "report.html").write_text(page, encoding="utf-8")
     (folder / "README.md").write_text(write_card(summary), encoding="utf-8")
 
@@ -61,27 +59,6 @@ def _title(summary: RunSummary) -> str:
     before = "" if row.base == ABSENT else f"{row.base} → "
     metric = row.label.partition(" (")[0]
     return f"{summary.name}: {metric[0].lower()}{metric[1:]} {before}{row.tuned}"
-
-
-def _page(summary: RunSummary, light: bytes, dark: bytes, inputs: Mapping[str, Path]) -> str:
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("tuneyard_trainer.reporting"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters.update(harmless=harmless, count=count, duration=_duration, verdict=_verdict)
-    return environment.get_template("report.html.jinja").render(
-        summary=summary,
-        curve_light=_data_uri(light),
-        curve_dark=_data_uri(dark),
-        manifest=yaml.safe_dump(summary.manifest, sort_keys=False, allow_unicode=True),
-        files=_files(summary),
-        absent=ABSENT,
-        usage=usage(summary),
-        rows=_rows(inputs.get("data")),
-    )
 
 
 def _rows(folder: Path | None) -> list[list[Run]]:
@@ -106,16 +83,5 @@ def _files(summary: RunSummary) -> list[tuple[str, str]]:
         ("README.md", "the model card"),
         ("job.yaml", "the manifest with all defaults filled in"),
         ("loss.png", "the training curves"),
+        (REPORT, "this report as JSON"),
     ]
-
-
-def _data_uri(png: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
-
-
-def _verdict(gate: GateResult) -> str:
-    return VERDICT_WORDS[gate.verdict]
-
-
-def _duration(record: StageRecord) -> str:
-    return duration(seconds_of(record))

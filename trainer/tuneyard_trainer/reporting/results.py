@@ -21,6 +21,12 @@ from tuneyard_trainer.reporting.formatting import (
     signed,
     size,
 )
+from tuneyard_trainer.reporting.labels import (
+    ALIGNMENT_METRICS,
+    ANSWER_METRICS,
+    POINTS,
+    REWARD_HACKING_SIGNS,
+)
 
 ROW_OUTCOMES = {
     "skippedRows": "skipped",
@@ -39,6 +45,8 @@ Z = 1.959964
 
 Verdict = Literal["better", "worse", "unclear", ""]
 UNCLEAR = "no clear difference"
+EXAMPLES = "Tuning or examples"
+"""The label of the fact whether tuning was worth it."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +76,10 @@ class Sample:
     tuned: str
     expected: tuple[str, ...] = ()
     """Any of these texts in a completion makes it right, by the rule of `answers`."""
+    where: str = ""
+    """The name of its item, such as `row 12`; "": unknown."""
+    few_shot: str | None = None
+    """The base model's completion with worked examples. None: not measured."""
 
     @classmethod
     def of(cls, value: Mapping[str, Any]) -> Sample:
@@ -78,7 +90,21 @@ class Sample:
             base=None if value.get("base") is None else str(value["base"]),
             tuned=str(value.get("tuned", "")),
             expected=tuple(value.get("expected", ())),
+            where=str(value.get("where", "")),
+            few_shot=None if value.get("fewShot") is None else str(value["fewShot"]),
         )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the sample as JSON, as `of` reads it."""
+        found = {
+            "where": self.where,
+            "prompt": self.prompt,
+            "reference": self.reference,
+            "base": self.base,
+            "tuned": self.tuned,
+            "expected": list(self.expected),
+        }
+        return found | ({} if self.few_shot is None else {"fewShot": self.few_shot})
 
     def is_right(self, completion: str | None) -> bool | None:
         """Return whether a completion is right. None: there is no completion, or no expected
@@ -130,9 +156,14 @@ class Results:
     """The metrics of the evaluation, by name."""
 
     @property
+    def own_heading(self) -> str:
+        """The heading of the comparisons on the job's own rows or prompts."""
+        return "On held-out rows" if self.held_out else "On training prompts"
+
+    @property
     def heading(self) -> str:
         """The heading of the comparisons."""
-        rows = "On held-out rows" if self.held_out else "On training prompts"
+        rows = self.own_heading
         found = {each.on_suite for each in self.comparisons}
         if found == {True}:
             return "On suites"
@@ -196,7 +227,7 @@ def seconds_of(record: StageRecord) -> float:
     return max(0.0, (end - start).total_seconds())
 
 
-def _seconds_of_attempts(record: StageRecord) -> float:
+def seconds_of_attempts(record: StageRecord) -> float:
     """Return the duration of a stage. Of one that was resumed, it is at least the time that all
     attempts trained, because its record has the start of the last attempt."""
     return max(seconds_of(record), record.metrics.get("trainingSeconds", 0.0))
@@ -263,30 +294,13 @@ def _on_held_out_rows(metrics: Mapping[str, float], evidence: _Evidence) -> list
     return [*rows, *answers, *_without_context(metrics, evidence)]
 
 
-_ANSWER_METRICS = {
-    "exactMatch": "Exact match",
-    "tokenF1": "F1 of words",
-    "rouge1": "ROUGE-1",
-    "rouge2": "ROUGE-2",
-    "rougeL": "ROUGE-L",
-    "bleu": "BLEU",
-    "chrf": "chrF",
-    "jsonValid": "Valid JSON",
-    "schemaValid": "JSON of the schema",
-    "patternMatch": "Pattern found",
-    "classAccuracy": "Class accuracy",
-    "macroF1": "Macro F1 of classes",
-}
-"""Labels of the metrics of answers, of which higher is better."""
-
-
 def _answer_metrics(metrics: Mapping[str, float], evidence: _Evidence) -> list[Comparison]:
     """Compare the answers of both models by the metrics that the manifest names."""
     rows = []
-    for name, label in _ANSWER_METRICS.items():
+    for name, label in ANSWER_METRICS.items():
         if name in metrics:
             tuned, base = metrics[name], metrics.get(prefixed("base", name))
-            shown = number if name in ("bleu", "chrf") else percent
+            shown = number if name in POINTS else percent
             row = Comparison(label, shown(base), shown(tuned), "", _verdict(tuned, base))
             rows.append(evidence.marked(row, name))
     return rows
@@ -369,7 +383,7 @@ def _alignment_comparisons(metrics: Mapping[str, float], evidence: _Evidence) ->
     """Compare the aligned model with the model that the alignment started from. The base of a share
     is 0.5, the value of a random choice."""
     rows = []
-    for label, name in _ALIGNMENT_METRICS.items():
+    for label, name in ALIGNMENT_METRICS.items():
         if name in metrics:
             is_share = name != "reward"
             base = 0.5 if is_share else metrics.get("startReward")
@@ -377,29 +391,11 @@ def _alignment_comparisons(metrics: Mapping[str, float], evidence: _Evidence) ->
             verdict = _verdict(metrics[name], base)
             row = Comparison(label, shown(base), shown(metrics[name]), "", verdict)
             rows.append(evidence.marked(row, name, base if is_share else None))
-    for label, name in _REWARD_HACKING_SIGNS.items():
+    for label, name in REWARD_HACKING_SIGNS.items():
         if name in metrics:
             before = metrics.get(prefixed("start", name))
             rows.append(Comparison(label, number(before), number(metrics[name]), "", ""))
     return rows
-
-
-_ALIGNMENT_METRICS = {
-    "Preference accuracy": "preferenceAccuracy",
-    "Reward": "reward",
-    "Reward model accuracy": "rewardAccuracy",
-    "Win rate by the judge": "winRate",
-}
-"""Metrics of which higher is better, by label."""
-_REWARD_HACKING_SIGNS = {
-    "KL divergence (nats per completion)": "kl",
-    "Length relative to the start model": "lengthRatio",
-    "Distinct word pairs": "distinct",
-    "Repeated word sequences": "repetition",
-    "Completions that ended": "complete",
-    "Sycophancy shift": "sycophancyShift",
-}
-"""Metrics that show reward hacking, by label. Neither direction is better in itself."""
 
 
 def _lower_is_better(label: str, base: float | None, tuned: float | None) -> Comparison:
@@ -439,7 +435,7 @@ def _perplexity(loss: float | None) -> float | None:
 
 def _against_examples(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
     """Return whether tuning did better than worked examples in the prompt; []: not measured."""
-    labels = {"answerAccuracy": "answers right", **_ANSWER_METRICS}
+    labels = {"answerAccuracy": "answers right", **ANSWER_METRICS}
     name = next((name for name in labels if f"{name}FewShotGain" in metrics), None)
     if name is None:
         return []
@@ -451,7 +447,7 @@ def _against_examples(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
     tuned, prompted = metrics[name], metrics[prefixed("baseFewShot", name)]
     return [
         (
-            "Tuning or examples",
+            EXAMPLES,
             f"{verdict}: {labels[name]} {percent(tuned)} after tuning and {percent(prompted)} of "
             f"the base model with {count(examples)} example{'' if examples == 1 else 's'}, which "
             f"cost {count(tokens)} tokens in each request",
@@ -470,7 +466,7 @@ def _facts(
     `all_stages`: the records of the whole job, for its total time; empty while the job runs.
     """
     metrics = training.metrics if training else {}
-    total = sum(_seconds_of_attempts(record) for record in all_stages)
+    total = sum(seconds_of_attempts(record) for record in all_stages)
     facts = []
     if "trainingSeconds" in metrics:
         in_total = f", {duration(total)} in total" if total else ""

@@ -200,7 +200,7 @@ class RunSummary:
 
     def _data_row(self, value: Mapping[str, Any]) -> DataRow:
         split = value["role"].partition(".")[0]
-        uri = self._data_uri(value["role"]) or value["name"]
+        uri = self.data_uri(value["role"]) or value["name"]
         names = [name for name in ROW_OUTCOMES.values() if value.get(name)]
         use = "training, augmented" if value.get("augmented") else "training"
         return DataRow(
@@ -212,7 +212,7 @@ class RunSummary:
             outcomes=", ".join(f"{count(value[name])} {name}" for name in names) or ABSENT,
         )
 
-    def _data_uri(self, role: str) -> str:
+    def data_uri(self, role: str) -> str:
         """Return the URI of the data with a role such as train.0, documents or toxicity; "":
         another stage wrote it."""
         split, _, index = role.partition(".")
@@ -255,9 +255,9 @@ class RunSummary:
         return [*facts, longest, *_retrieved(prepare.details), *_filled(prepare.details)]
 
     @property
-    def ledger(self) -> list[tuple[str, str, str]]:
+    def ledger_counts(self) -> list[tuple[str, int | None, int]]:
         """Each outcome of the prepared or paired rows, with its rows and tokens over all data sets.
-        []: the record is of 0.2, or no stage read rows."""
+        None: the line is about tokens alone. []: the record is of 0.2, or no stage read rows."""
         stage = self.record("prepare", "pairs")
         total = stage.details.get("ledger", {}).get("total") if stage else None
         if total is None:
@@ -281,10 +281,14 @@ class RunSummary:
         ]
         lines += [("Trained on", rows["trained"], tokens["trained"])]
         lines += [("of these, context", None, tokens["trained"] - total["targets"]["trained"])]
-        lines += self._packing
+        return [*lines, *self._packing]
+
+    @property
+    def ledger(self) -> list[tuple[str, str, str]]:
+        """The lines of `ledger_counts` as text."""
         return [
             (label, "" if number is None else count(number), count(part))
-            for label, number, part in lines
+            for label, number, part in self.ledger_counts
         ]
 
     @property
@@ -368,7 +372,7 @@ class RunSummary:
     def settings(self) -> list[tuple[str, str]]:
         """Labels and values of the training settings, from the stage's record or else from the
         manifest."""
-        training = self._training
+        training = self.training_settings
         record = last_trained(self.records.values())
         done = record.details if record else {}
         metrics = record.metrics if record else {}
@@ -394,7 +398,7 @@ class RunSummary:
         return [(label, str(value)) for label, value in rows if value not in (None, "")]
 
     @property
-    def _training(self) -> Mapping[str, Any]:
+    def training_settings(self) -> Mapping[str, Any]:
         """The manifest's training settings of the step that produced the result."""
         spec = self.spec
         sections: tuple[Mapping[str, Any], ...] = (
@@ -430,7 +434,7 @@ class RunSummary:
         for role, digest in sorted(prepare.input_digests.items() if prepare else ()):
             if role != "model":
                 what = "Toxicity classifier" if role == "toxicity" else f"Data, {role}"
-                digests.append((", ".join(filter(None, (what, self._data_uri(role)))), digest))
+                digests.append((", ".join(filter(None, (what, self.data_uri(role)))), digest))
         names = {
             "prepare": "Prepared data",
             "pairs": "Prepared preferences",

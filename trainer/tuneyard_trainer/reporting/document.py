@@ -1,0 +1,264 @@
+"""The report of a job as a document, from its facts and the export stage's inputs."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tuneyard.api.exports import JOB
+from tuneyard.api.plan import StageRecord
+from tuneyard.api.report import (
+    Comparison,
+    Curve,
+    File,
+    Forgetting,
+    JobReport,
+    LedgerLine,
+    Lineage,
+    MaskPart,
+    Parent,
+    Point,
+    ReportedJob,
+    Source,
+    Stage,
+    StageMemory,
+    Suite,
+    Tokens,
+)
+from tuneyard.api.stage_settings import EVALUATION_KINDS, SUPERVISED_KINDS, TRAINING_KINDS
+from tuneyard_trainer.data.encoding.masks import Run
+from tuneyard_trainer.reporting import plots, words
+from tuneyard_trainer.reporting.answered import answers
+from tuneyard_trainer.reporting.comparisons import comparisons, finite
+from tuneyard_trainer.reporting.results import Sample, last_trained, seconds_of_attempts
+from tuneyard_trainer.reporting.summary import RunSummary
+
+EVALUATION = "evaluation.json"
+MOST_POINTS = 1000
+"""Points of a curve; longer ones are thinned."""
+
+
+def document(
+    summary: RunSummary,
+    inputs: Mapping[str, Path],
+    rows: Sequence[Sequence[Run]],
+    files: Sequence[tuple[str, str]],
+) -> JobReport:
+    """Return the report. `inputs`: those of the export stage. `rows`: the first training rows.
+    `files`: names and descriptions of what is beside the report."""
+    evaluation = summary.record(*EVALUATION_KINDS)
+    details = evaluation.details if evaluation else {}
+    measured = _evaluation(inputs.get("evaluation"))
+    metrics = {**_training_losses(summary), **(evaluation.metrics if evaluation else {})}
+    training = last_trained(summary.records.values())
+    per_token = evaluation is not None or training is None or training.kind in SUPERVISED_KINDS
+    compared = comparisons(metrics, details.get("evidence", {}), per_token=per_token)
+    samples = measured.get("answers") or details.get("samples", [])
+    forgetting = _forgetting(summary, training)
+    examples = _examples(metrics)
+    gates = summary.results.gates
+    return JobReport(
+        job=_job(summary, training),
+        summary=words.summary(compared, gates, forgetting, examples),
+        warnings=list(summary.results.warnings),
+        comparisons=compared,
+        gates=list(gates),
+        metrics={name: finite(value) for name, value in metrics.items()},
+        few_shot_examples=examples[0] if examples else None,
+        few_shot_tokens=examples[1] if examples else None,
+        curves=_curves(summary.curves),
+        ledger=[
+            LedgerLine(outcome=outcome, rows=number_of, tokens=tokens)
+            for outcome, number_of, tokens in summary.ledger_counts
+        ],
+        mask_samples=[
+            [MaskPart(text=part.text, trained=part.trained) for part in row] for row in rows
+        ],
+        answers=answers([Sample.of(each) for each in samples], measured.get("items", {}), compared),
+        answers_held_out=summary.results.held_out,
+        answers_total=len(samples),
+        suites=[*_suites(summary, compared, details.get("suites", {}))],
+        forgetting=forgetting,
+        memory=[
+            StageMemory(
+                stage=record.stage,
+                measured_bytes=_whole(record.metrics.get("peakMemoryBytes")),
+                planned_bytes=_whole(record.details.get("plannedMemoryBytes")),
+            )
+            for record in summary.records.values()
+            if record.kind in TRAINING_KINDS
+        ],
+        stages=[_stage(record) for record in summary.records.values()],
+        seconds=sum(map(seconds_of_attempts, summary.records.values())),
+        tokens=_tokens(summary, training),
+        lineage=_lineage(summary),
+        files=[File(name=name, description=what) for name, what in files],
+    )
+
+
+def _evaluation(folder: Path | None) -> dict[str, Any]:
+    """Return the contents of `evaluation.json`; {}: the job measured nothing."""
+    path = folder / EVALUATION if folder else None
+    if path is None or not path.exists():
+        return {}
+    found: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    return found
+
+
+def _training_losses(summary: RunSummary) -> dict[str, float]:
+    """Return the losses that the training measured on held-out rows, with their perplexities, for a
+    job without an evaluation of them."""
+    training = last_trained(summary.records.values())
+    found = {}
+    for name in ("validation", "baseValidation"):
+        loss = training.metrics.get(f"{name}Loss") if training else None
+        if loss is not None:
+            found |= {f"{name}Loss": loss, f"{name}Perplexity": math.exp(min(loss, 700.0))}
+    return found
+
+
+def _examples(metrics: Mapping[str, float]) -> tuple[int, float] | None:
+    if "fewShotExamples" not in metrics:
+        return None
+    return int(metrics["fewShotExamples"]), metrics["fewShotTokens"]
+
+
+def _job(summary: RunSummary, training: StageRecord | None) -> ReportedJob:
+    revision = summary.spec.get("model", {}).get("revision")
+    return ReportedJob(
+        name=summary.name,
+        kind=str(summary.manifest.get("kind", "")),
+        base_model=summary.base,
+        base_revision=None if revision is None else str(revision),
+        method=summary.method,
+        adapter=summary.adapter,
+        seed=_whole(summary.training_settings.get("seed")),
+        versions=dict(training.versions) if training else {},
+        sentence=summary.sentence,
+    )
+
+
+def _curves(curves: plots.Curves) -> list[Curve]:
+    found = [
+        Curve(
+            metric=panel.metric,
+            label=panel.label,
+            training=_points(panel.training),
+            held_out=_points(panel.held_out),
+            base=finite(panel.base),
+        )
+        for panel in curves.panels
+    ]
+    rates = Curve(
+        metric="learningRate", label="Learning rate", training=_points(curves.learning_rate)
+    )
+    return [*found, rates]
+
+
+def _points(points: plots.Points) -> list[Point]:
+    return [
+        Point(step=step, value=finite(value)) for step, value in plots.thinned(points, MOST_POINTS)
+    ]
+
+
+def _suites(
+    summary: RunSummary, compared: Sequence[Comparison], details: Mapping[str, Any]
+) -> Iterator[Suite]:
+    """Yield the suites in the order of the manifest, then others with metrics."""
+    planned = (summary.spec.get("evaluate") or {}).get("suites") or []
+    kinds = {
+        str(suite.get("name") or (suite.get("task") or {}).get("name", "")): next(
+            (kind for kind in ("choices", "refusals", "task") if suite.get(kind)), ""
+        )
+        for suite in planned
+    }
+    metrics: dict[str, list[Comparison]] = {}
+    for each in compared:
+        if each.suite is not None:
+            metrics.setdefault(each.suite, []).append(each)
+    for name in dict.fromkeys((*kinds, *metrics)):
+        items = (details.get(name) or {}).get("items")
+        yield Suite(
+            name=name,
+            kind=kinds.get(name, kinds.get(name.partition("/")[0], "")),
+            items=_whole(items),
+            metrics=[each.metric for each in metrics.get(name, [])],
+        )
+
+
+def _forgetting(summary: RunSummary, training: StageRecord | None) -> Forgetting | None:
+    metrics = training.metrics if training else {}
+    if training is None or "generalLoss" not in metrics:
+        return None
+    loss, base = finite(metrics["generalLoss"]), finite(metrics.get("baseGeneralLoss"))
+    increase = finite(metrics.get("generalLossIncrease"))
+    if increase is None and loss is not None and base is not None:
+        increase = loss - base
+    guard = summary.training_settings.get("guard") or {}
+    return Forgetting(
+        base_loss=base,
+        loss=loss,
+        increase=increase,
+        allowed=finite(guard.get("worsensBy")),
+        stopped=training.details.get("stoppedByGuard"),
+    )
+
+
+def _stage(record: StageRecord) -> Stage:
+    return Stage(
+        name=record.stage,
+        kind=record.kind,
+        started_at=record.started_at,
+        finished_at=record.finished_at,
+        seconds=seconds_of_attempts(record),
+        attempt=record.attempt,
+        digest=record.digest,
+        reused=record.reused,
+    )
+
+
+def _tokens(summary: RunSummary, training: StageRecord | None) -> Tokens:
+    data = summary.record("prepare", "pairs")
+    prepared, trained = data.metrics if data else {}, training.metrics if training else {}
+    return Tokens(
+        prepared=_whole(prepared.get("tokens")),
+        targets=_whole(prepared.get("targetTokens")),
+        trained=_whole(trained.get("tokens")),
+        per_second=finite(trained.get("tokensPerSecond")),
+    )
+
+
+def _lineage(summary: RunSummary) -> Lineage:
+    sources = [*_sources(summary)]
+    parents = {
+        (source.role, source.uri): Parent(role=source.role, uri=source.uri)
+        for source in sources
+        if source.uri.startswith(JOB)
+    }
+    return Lineage(sources=sources, parents=list(parents.values()))
+
+
+def _sources(summary: RunSummary) -> Iterator[Source]:
+    training = last_trained(summary.records.values())
+    data = summary.record("prepare", "pairs")
+    revision = summary.spec.get("model", {}).get("revision")
+    if training and "model" in training.input_digests:
+        yield Source(
+            role="model",
+            uri=summary.base,
+            revision=None if revision is None else str(revision),
+            digest=training.input_digests["model"],
+        )
+    for role, digest in sorted(data.input_digests.items() if data else ()):
+        if role != "model":
+            yield Source(role=role, uri=summary.data_uri(role), digest=digest)
+
+
+def _whole(value: Any) -> int | None:
+    """Return a number as a whole one. None: it is none, or not finite."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    found = finite(value) if is_number else None
+    return None if found is None else round(found)

@@ -1,0 +1,170 @@
+"""The page of a report, which shows its document: one file without external resources."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import jinja2
+import yaml
+from markupsafe import Markup
+
+from tuneyard.api.gates import VERDICT_WORDS, GateResult
+from tuneyard.api.report import Answer, Comparison, Curve, JobReport, Score
+from tuneyard_trainer.reporting import words
+from tuneyard_trainer.reporting.differing import differing
+from tuneyard_trainer.reporting.formatting import (
+    ABSENT,
+    count,
+    duration,
+    harmless,
+    number,
+    size,
+)
+from tuneyard_trainer.reporting.intervals import Bars
+from tuneyard_trainer.reporting.results import EXAMPLES
+from tuneyard_trainer.reporting.summary import RunSummary
+
+MOST_SHOWN = 200
+"""Answers on the page, which a browser can filter at once; the document has more."""
+MOST_ROWS = 25
+"""Rows of a curve's table."""
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """The curves as PNG."""
+
+    light: bytes
+    dark: bytes
+
+
+def render(
+    report: JobReport,
+    summary: RunSummary,
+    pictures: Pictures,
+    usage: Sequence[tuple[str, str]],
+) -> str:
+    """Return the page. `summary`: facts for people that the document has no fields for. `usage`:
+    titles and programs that load the result."""
+    environment = _environment()
+    script = _source(environment, "report.js")
+    suites = {suite.name: suite.kind for suite in report.suites}
+    own = [each for each in report.comparisons if each.suite is None]
+    of_suites = [each for each in report.comparisons if each.suite is not None]
+    safety = [each for each in of_suites if suites.get(each.suite or "") == "refusals"]
+    return environment.get_template("report.html.jinja").render(
+        report=report,
+        summary=summary,
+        style=Markup(_source(environment, "report.css")),  # noqa: S704 - our own file
+        script=Markup(script),  # noqa: S704 - our own file
+        script_digest=_digest(script),
+        curve_light=_data_uri(pictures.light),
+        curve_dark=_data_uri(pictures.dark),
+        own=own,
+        abilities=[each for each in of_suites if each not in safety],
+        safety=safety,
+        answers=shown_answers(report.answers),
+        manifest=yaml.safe_dump(summary.manifest, sort_keys=False, allow_unicode=True),
+        usage=usage,
+        facts_of_training=[fact for fact in summary.results.facts if fact[0] != EXAMPLES],
+    )
+
+
+def shown_answers(answers: Sequence[Answer]) -> list[Answer]:
+    """Return at most MOST_SHOWN answers in their order: flipped and worse ones are shown first."""
+    ranked = sorted(
+        range(len(answers)),
+        key=lambda i: (answers[i].flipped == "none" and not answers[i].worse, i),
+    )
+    return [answers[i] for i in sorted(ranked[:MOST_SHOWN])]
+
+
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("tuneyard_trainer.reporting"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(
+        harmless=harmless,
+        count=count,
+        duration=duration,
+        size=size,
+        number=number,
+        verdict=_verdict,
+        bars=Bars.of,
+        table=_table,
+        scores=_scores,
+    )
+    environment.globals.update(
+        absent=ABSENT,
+        shown=words.shown,
+        interval=words.shown_interval,
+        difference=words.shown_difference,
+        change=_change,
+        differing=differing,
+    )
+    return environment
+
+
+def _source(environment: jinja2.Environment, name: str) -> str:
+    """Return the text of a file beside the template."""
+    if environment.loader is None:
+        raise TypeError("the environment has no loader")
+    return environment.loader.get_source(environment, name)[0]
+
+
+def _digest(script: str) -> str:
+    """Return the hash by which the page's policy allows its script."""
+    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
+
+
+def _data_uri(png: bytes) -> str:
+    return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
+
+
+def _verdict(gate: GateResult) -> str:
+    return VERDICT_WORDS[gate.verdict]
+
+
+_VERDICTS: Mapping[str, str] = {
+    "better": "better",
+    "worse": "worse",
+    "unclear": "no clear difference",
+    "equal": "equal",
+    "none": "",
+}
+
+
+def _change(comparison: Comparison) -> str:
+    """Return the difference in words: "+82 points, better"."""
+    parts = (
+        words.shown_difference(comparison.difference, comparison),
+        _VERDICTS[comparison.verdict],
+    )
+    return ", ".join(filter(None, parts))
+
+
+def _scores(answer: Answer) -> list[tuple[str, Score]]:
+    """Return the metrics of an answer, without those that its marks of right and wrong show."""
+    shown = answer.tuned_right is not None
+    return [each for each in answer.scores.items() if not (shown and each[0] == "answerAccuracy")]
+
+
+def _table(curve: Curve) -> list[tuple[int, float | None, float | None]]:
+    """Return steps with the values of training and of held-out rows, at most about MOST_ROWS."""
+    held_out = {point.step: point.value for point in curve.held_out}
+    training = {point.step: point.value for point in curve.training}
+    steps: list[int] = sorted({*training, *held_out})
+    interval = max(1, -(-len(steps) // MOST_ROWS))
+    kept = [
+        step
+        for place, step in enumerate(steps)
+        if place % interval == 0 or step == steps[-1] or step in held_out
+    ]
+    return [(step, training.get(step), held_out.get(step)) for step in kept]
