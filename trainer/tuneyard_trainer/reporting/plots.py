@@ -41,6 +41,7 @@ COLORS: Mapping[Theme, Mapping[str, str]] = {
         "heldOut": "#d55e00",
         "base": "#6e7781",
         "rate": "#009e73",
+        "independent": "#cc79a7",
     },
     "dark": {
         "background": "#161b22",
@@ -50,6 +51,7 @@ COLORS: Mapping[Theme, Mapping[str, str]] = {
         "heldOut": "#e69f00",
         "base": "#9da7b3",
         "rate": "#2fc79b",
+        "independent": "#e39ac4",
     },
 }
 
@@ -70,6 +72,9 @@ class Panel:
     held_out: Points
     base: float | None = None
     """The base model's value on the held-out rows. None: not measured."""
+    independent: Points = ()
+    """A measurement on the held-out rows that nothing is trained on, with an axis of its own: it may
+    have another unit. Empty: there is none."""
 
 
 @dataclass(frozen=True)
@@ -89,10 +94,15 @@ class Curves:
         lines = _lines(path)
         series = partial(_series, lines)
         if kind in REINFORCEMENT_KINDS:
+            independent = series("heldOutIndependentReward")
+            held_out = series("heldOutReward")
+            length, name = series("rewardLengthCorrelation"), "heldOutRewardLengthCorrelation"
             panels: tuple[Panel, ...] = (
-                Panel("Reward", "reward", series("reward"), series("heldOutReward")),
+                Panel("Reward", "reward", series("reward"), held_out, independent=independent),
                 Panel("KL (nats)", "KL", series("kl"), series("heldOutKl")),
             )
+            if length:
+                panels += (Panel("With length", "correlation", length, series(name)),)
         else:
             base = next((line[_BASE] for line in lines if _BASE in line), None)
             unit = " (nats per token)" if kind in (*SUPERVISED_KINDS, "distill") else ""
@@ -135,7 +145,8 @@ def draw(curves: Curves, title: str, theme: Theme = "light") -> bytes:
         rows = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
         for axes, panel in zip(rows, curves.panels, strict=False):
             _draw_panel(axes, panel, colors)
-        _draw_legend(rows[0])
+        beside = _draw_independent(rows[0], curves.panels[0].independent, colors)
+        _draw_legend(rows[0], beside)
         _draw_learning_rate(rows[-1], curves.learning_rate, colors)
         rows[0].set_title(title, loc="left", fontsize=15, fontweight="bold", pad=12)
         for axes in rows:
@@ -187,10 +198,35 @@ def _draw_panel(axes: Axes, panel: Panel, colors: Mapping[str, str]) -> None:
     axes.set_ylabel(panel.label)
 
 
-def _draw_legend(axes: Axes) -> None:
-    """Draw the legend of all panels into the first one."""
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False, loc="best")
+def _draw_independent(axes: Axes, points: Points, colors: Mapping[str, str]) -> Axes | None:
+    """Draw an independent measurement over the first panel, on an axis at the right. None: there is
+    none."""
+    if not points:
+        return None
+    beside = axes.twinx()
+    beside.plot(
+        *zip(*points, strict=True),
+        color=colors["independent"],
+        linewidth=1.8,
+        linestyle=(0, (3, 2)),
+        marker="s",
+        markersize=6,
+        label="Held-out independent reward (right axis)",
+    )
+    beside.set_ylabel("Independent reward", color=colors["independent"])
+    beside.spines[["top", "left"]].set_visible(False)
+    beside.spines["right"].set_color(colors["grid"])
+    return beside
+
+
+def _draw_legend(axes: Axes, beside: Axes | None) -> None:
+    """Draw the legend of all panels into the first one. `beside`: the axes over the first panel."""
+    handles, labels = axes.get_legend_handles_labels()
+    if beside is not None:
+        more = beside.get_legend_handles_labels()
+        handles, labels = [*handles, *more[0]], [*labels, *more[1]]
+    if handles:
+        (beside or axes).legend(handles, labels, frameon=False, loc="best")
     else:
         axes.text(0.5, 0.5, "No steps were logged", ha="center", transform=axes.transAxes)
 
