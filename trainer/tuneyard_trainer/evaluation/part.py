@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from tuneyard_trainer.data.prepared import Rows
 from tuneyard_trainer.data.prompts import Prompt
 from tuneyard_trainer.data.sharing import InStep, SharedStage
+from tuneyard_trainer.evaluation.evidence import Estimate
 from tuneyard_trainer.evaluation.items import Items
 from tuneyard_trainer.generation.greedy import continuations
 from tuneyard_trainer.models import probes
@@ -102,6 +103,8 @@ class Found:
     samples: Sequence[Sample] = ()
     items: Mapping[str, Items] = field(default_factory=dict)
     """The values of a metric for each item, by the metric's name."""
+    estimates: Mapping[str, Estimate] = field(default_factory=dict)
+    """The evidence for metrics that are no mean over items, by the metric's name."""
     details: Mapping[str, Any] = field(default_factory=dict)
     """Recorded beside the samples."""
     suites: Mapping[str, Any] = field(default_factory=dict)
@@ -115,6 +118,7 @@ class Found:
             metrics={name: value for each in every for name, value in each.metrics.items()},
             samples=[sample for each in every for sample in each.samples],
             items={name: value for each in every for name, value in each.items.items()},
+            estimates={name: found for each in every for name, found in each.estimates.items()},
             details={name: value for each in every for name, value in each.details.items()},
             suites={name: value for each in every for name, value in each.suites.items()},
         )

@@ -73,8 +73,8 @@ class Panel:
     base: float | None = None
     """The base model's value on the held-out rows. None: not measured."""
     independent: Points = ()
-    """A measurement on the held-out rows that nothing is trained on, with an axis of its own: it may
-    have another unit. Empty: there is none."""
+    """A measurement on the held-out rows that nothing is trained on, with an axis of its own: it
+    may have another unit. Empty: there is none."""
 
 
 @dataclass(frozen=True)

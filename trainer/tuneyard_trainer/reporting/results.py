@@ -160,7 +160,11 @@ class Results:
                 *_against_examples(evaluation.metrics if evaluation else {}),
             ),
             samples=tuple(Sample.of(sample) for sample in samples),
-            warnings=(*_warnings(kinds.get("prepare")), *_missed_gates(gates)),
+            warnings=(
+                *_warnings(kinds.get("prepare")),
+                *details.get("findings", ()),
+                *_missed_gates(gates),
+            ),
             gates=gates,
             classes=ClassTable.of(details) if evaluation else None,
             measured=evaluation.metrics if evaluation else {},
@@ -371,8 +375,8 @@ def _alignment_comparisons(metrics: Mapping[str, float], evidence: _Evidence) ->
     rows = []
     for label, name in _ALIGNMENT_METRICS.items():
         if name in metrics:
-            is_share = name != "reward"
-            base = 0.5 if is_share else metrics.get("startReward")
+            is_share = name not in _REWARDS
+            base = 0.5 if is_share else metrics.get(prefixed("start", name))
             shown = percent if is_share else number
             verdict = _verdict(metrics[name], base)
             row = Comparison(label, shown(base), shown(metrics[name]), "", verdict)
@@ -387,12 +391,17 @@ def _alignment_comparisons(metrics: Mapping[str, float], evidence: _Evidence) ->
 _ALIGNMENT_METRICS = {
     "Preference accuracy": "preferenceAccuracy",
     "Reward": "reward",
+    "Independent reward": "independentReward",
     "Reward model accuracy": "rewardAccuracy",
     "Win rate by the judge": "winRate",
+    "Win rate at equal length": "lengthControlledWinRate",
 }
 """Metrics of which higher is better, by label."""
+_REWARDS = ("reward", "independentReward")
+"""Those that are compared with the start model's, and not with 0.5."""
 _REWARD_HACKING_SIGNS = {
     "KL divergence (nats per completion)": "kl",
+    "Correlation of reward and length": "rewardLengthCorrelation",
     "Length relative to the start model": "lengthRatio",
     "Distinct word pairs": "distinct",
     "Repeated word sequences": "repetition",
@@ -553,6 +562,7 @@ def _evaluate_headline(metrics: Mapping[str, float]) -> list[str]:
 _ALIGNED = {
     "preferenceAccuracy": "preference accuracy",
     "rewardGain": "reward gain",
+    "independentRewardGain": "independent reward gain",
     "rewardAccuracy": "reward model accuracy",
     "kl": "nats of KL per completion",
 }

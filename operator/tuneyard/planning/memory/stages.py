@@ -317,7 +317,10 @@ class _Job:
             stage.name,
             tuple(moments),
             (host.checkpoint(step.trained),),
-            (*self._assumed_shape(stage, shape), *self._assumed_models(stage, scoring_terms(settings))),
+            (
+                *self._assumed_shape(stage, shape),
+                *self._assumed_models(stage, scoring_terms(settings)),
+            ),
         )
 
     def _distill(self, stage: PlannedStage, settings: DistillSettings) -> StageMemory:
