@@ -27,20 +27,18 @@ def findings(found: Found) -> list[str]:
 
 def _exploited(found: Found) -> Iterator[str]:
     """Yield that the reward rose, for each other measure of quality that clearly fell."""
-    reward = found.items.get("reward")
-    rise = reward and reward.difference_interval
-    if reward is None or rise is None or rise.low <= 0:
+    rise = _change(found, "reward")
+    if rise is None or rise.low <= 0:
         return
-    gain = found.metrics["rewardGain"]
-    rose = f"The reward rose by {gain:.3g} ({_interval(rise)})"
-    independent = found.items.get("independentReward")
-    change = independent and independent.difference_interval
-    if independent is not None and change is not None and change.high < 0:
+    rose = f"The reward rose by {found.metrics['rewardGain']:.3g} ({_interval(rise)})"
+    change = _change(found, "independentReward")
+    if change is not None and change.high < 0:
         fall = -found.metrics["independentRewardGain"]
         yield (
             f"{rose}, while the independent reward fell by {fall:.3g} "
-            f"({_interval(Interval(-change.high, -change.low))}) on the same {len(independent)} "
-            f"prompts: training exploited the reward. {REMEDY}"
+            f"({_interval(Interval(-change.high, -change.low))}) on the same "
+            f"{len(found.items['independentReward'])} prompts: training exploited the reward. "
+            f"{REMEDY}"
         )
     names = {"winRate": "prefers", "lengthControlledWinRate": "would prefer, at equal length,"}
     for name, verb in names.items():
@@ -51,6 +49,12 @@ def _exploited(found: Found) -> Iterator[str]:
                 f"{found.metrics[name]:.3g} ({_interval(interval)}). {REMEDY}"
             )
             return
+
+
+def _change(found: Found, name: str) -> Interval | None:
+    """Return the interval of the difference of a metric between both models. None: unknown."""
+    items = found.items.get(name)
+    return None if items is None else items.difference_interval
 
 
 def _win_rate_interval(found: Found, name: str) -> Interval | None:
