@@ -102,7 +102,7 @@ class Curves:
                 Panel("KL (nats)", "KL", series("kl"), series("heldOutKl")),
             )
             if length:
-                panels += (Panel("With length", "correlation", length, series(name)),)
+                panels += (Panel("Correlation\nwith length", "correlation", length, series(name)),)
         else:
             base = next((line[_BASE] for line in lines if _BASE in line), None)
             unit = " (nats per token)" if kind in (*SUPERVISED_KINDS, "distill") else ""
@@ -141,14 +141,15 @@ def draw(curves: Curves, title: str, theme: Theme = "light") -> bytes:
         layout = ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.12, hspace=0.02)
         figure = Figure(figsize=(10, 6.25), dpi=160, layout=layout)
         figure.set_facecolor(colors["background"])
-        heights = [4, *[1.5] * (len(curves.panels) - 1), 1]
+        heights = [4, *[1.5] * (len(curves.panels) - 1), 1 if len(curves.panels) < 3 else 1.4]
         rows = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
         for axes, panel in zip(rows, curves.panels, strict=False):
             _draw_panel(axes, panel, colors)
         beside = _draw_independent(rows[0], curves.panels[0].independent, colors)
         _draw_legend(rows[0], beside)
         _draw_learning_rate(rows[-1], curves.learning_rate, colors)
-        rows[0].set_title(title, loc="left", fontsize=15, fontweight="bold", pad=12)
+        pad = 12 if beside is None else 60  # the legend is between the title and the panel
+        rows[0].set_title(title, loc="left", fontsize=15, fontweight="bold", pad=pad)
         for axes in rows:
             axes.set_facecolor(colors["background"])
             axes.grid(color=colors["grid"], linewidth=0.8)
@@ -220,13 +221,16 @@ def _draw_independent(axes: Axes, points: Points, colors: Mapping[str, str]) -> 
 
 
 def _draw_legend(axes: Axes, beside: Axes | None) -> None:
-    """Draw the legend of all panels into the first one. `beside`: the axes over the first panel."""
+    """Draw the legend of all panels into the first one; above it, if there are curves of two axes,
+    which leave no room. `beside`: the axes over the first panel."""
     handles, labels = axes.get_legend_handles_labels()
     if beside is not None:
         more = beside.get_legend_handles_labels()
         handles, labels = [*handles, *more[0]], [*labels, *more[1]]
-    if handles:
-        (beside or axes).legend(handles, labels, frameon=False, loc="best")
+        place = {"loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": 2, "borderaxespad": 0.2}
+        axes.legend(handles, labels, frameon=False, **place)
+    elif handles:
+        axes.legend(frameon=False, loc="best")
     else:
         axes.text(0.5, 0.5, "No steps were logged", ha="center", transform=axes.transAxes)
 
