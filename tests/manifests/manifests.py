@@ -453,6 +453,7 @@ RLOO = job(
     """
     model: {uri: "hf://org/model"}
     rewardModel: {rule: {exactMatch: answer}}
+    independentReward: {rule: {exactMatch: gold}}
     optimize:
       rloo:
         prompts: {uri: "file://prompts.jsonl"}

@@ -103,12 +103,12 @@ class Found:
     samples: Sequence[Sample] = ()
     items: Mapping[str, Items] = field(default_factory=dict)
     """The values of a metric for each item, by the metric's name."""
-    estimates: Mapping[str, Estimate] = field(default_factory=dict)
-    """The evidence for metrics that are no mean over items, by the metric's name."""
     details: Mapping[str, Any] = field(default_factory=dict)
     """Recorded beside the samples."""
     suites: Mapping[str, Any] = field(default_factory=dict)
     """Facts of each suite by its name, such as its items. Recorded apart: names are free."""
+    estimates: Mapping[str, Estimate] = field(default_factory=dict)
+    """The evidence for metrics that are no mean over items, by the metric's name."""
 
     @classmethod
     def merged(cls, parts: Iterable[Found]) -> Found:
