@@ -17,11 +17,13 @@ NAMES = {
     "tuneyard_reconcile_errors_total",
     "tuneyard_stage_duration_seconds",
     "tuneyard_training_gpu_memory_bytes",
+    "tuneyard_training_independent_reward",
     "tuneyard_training_kl_nats",
     "tuneyard_training_learning_rate",
     "tuneyard_training_loss",
     "tuneyard_training_progress_ratio",
     "tuneyard_training_reward",
+    "tuneyard_training_reward_length_correlation",
     "tuneyard_training_tokens_per_second",
     "tuneyard_training_validation_loss",
 }

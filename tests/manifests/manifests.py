@@ -423,6 +423,7 @@ GRPO = job(
     rewardTerms:
       - {weight: 0.5, rule: {exactMatch: answer}}
       - {weight: -1.0, model: {uri: "hf://org/toxicity"}}
+    independentReward: {model: {uri: "hf://org/gold"}}
     optimize:
       grpo:
         prompts: {uri: "file://prompts.jsonl"}
@@ -452,6 +453,7 @@ RLOO = job(
     """
     model: {uri: "hf://org/model"}
     rewardModel: {rule: {exactMatch: answer}}
+    independentReward: {rule: {exactMatch: gold}}
     optimize:
       rloo:
         prompts: {uri: "file://prompts.jsonl"}
@@ -661,6 +663,21 @@ BROKEN_RULES = [
         changed(DPO, {"spec.rewardTerms": [{"rule": {"jsonSchema": "{}"}}]}),
         "spec.rewardTerms",
         "are added to the reward of rewardModel, which is not set: set rewardModel",
+    ),
+    _one_of("no-independent", GRPO, "spec.independentReward", {}, "model, rule"),
+    BrokenRule(
+        "independent-of-nothing",
+        changed(
+            GRPO,
+            {
+                "spec.independentReward": {"rule": {"exactMatch": "answer"}},
+                "spec.optimize": ABSENT,
+                "spec.rewardTerms": ABSENT,
+            },
+        ),
+        "spec.independentReward",
+        "is measured on an aligned model, and optimize is not set: set optimize, or remove "
+        "independentReward",
     ),
     _one_of("no-judge", PPO, "spec.preferences.aiFeedback.judge", {}, "model, endpoint"),
     BrokenRule(

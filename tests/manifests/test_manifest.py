@@ -13,6 +13,7 @@ from pydantic import BaseModel
 
 from tests.manifests.manifests import (
     BROKEN_RULES,
+    GRPO,
     MINIMAL,
     VALID,
     BrokenField,
@@ -414,6 +415,15 @@ def test_a_mistake_has_one_message_with_its_line_field_reason_and_remedy(
     manifest: str, message: str
 ) -> None:
     assert faults(manifest) == [message]
+
+
+def test_a_judge_as_the_independent_reward_is_refused_with_the_field_that_takes_one() -> None:
+    judged = copy.deepcopy(GRPO)
+    judged["spec"]["independentReward"] = {"judge": {"model": {"uri": "hf://org/judge"}}}
+    assert faults(yaml.safe_dump(judged))[-1].endswith(
+        "spec.independentReward.judge: unknown field 'judge': a judge compares completions once "
+        "training is over: set evaluate.winRate.judge"
+    )
 
 
 def test_every_fault_of_every_document_is_reported_at_once_in_order() -> None:

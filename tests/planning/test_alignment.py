@@ -395,6 +395,16 @@ def test_each_format_of_preferences_can_be_named(name: str) -> None:
          "spec.evaluate.winRate"),
         ({"preferences__heldOut": 0.0, "evaluate": {"winRate": WIN_RATE}},
          "spec.evaluate.winRate"),
+        ({"preferences__heldOut": 0.0, "independentReward": {"rule": {"jsonSchema": "{}"}}},
+         "spec.independentReward"),
+        ({"evaluate__gates": [{"metric": "independentReward", "atLeast": 0.5}]},
+         "spec.evaluate.gates[0].metric"),
+        ({"evaluate__gates": [{"metric": "independentRewardGain", "atLeast": 0.0}]},
+         "spec.evaluate.gates[0].metric"),
+        ({"evaluate__gates": [{"metric": "rewardLengthCorrelation", "atMost": 0.5}]},
+         "spec.evaluate.gates[0].metric"),
+        ({"evaluate__gates": [{"metric": "lengthControlledWinRate", "atLeast": 0.5}]},
+         "spec.evaluate.gates[0].metric"),
     ],
 )  # fmt: skip
 def test_a_setting_that_cannot_be_used_is_named(changes: dict[str, Any], path: str) -> None:
@@ -463,3 +473,64 @@ def test_terms_without_a_reward_to_add_to_are_refused() -> None:
         job("dpo", rewardTerms=[{"rule": {"exactMatch": "answer"}}])
     with pytest.raises(ValueError, match="set exactly one of model, rule"):
         job("ppo", rewardTerms=[{"weight": 2.0}])
+
+
+# ---- the independent reward ---------------------------------------------------------------------
+
+
+GOLD = {"model": {"uri": "file://models/gold"}}
+
+
+@pytest.mark.parametrize("method", ["ppo", "grpo", "rloo"])
+def test_an_independent_reward_is_an_input_of_the_optimization_and_the_evaluation(
+    method: str,
+) -> None:
+    planned = plan_job(job(method, independentReward=GOLD))
+    for name in (method, "evaluate"):
+        found = stage(planned, name)
+        assert isinstance(found.settings, PpoSettings | GrpoSettings | EvaluateSettings)
+        term = found.settings.independent_reward
+        assert term is not None
+        assert (term.role, term.rule, term.weight) == ("reward.independent", None, 1.0)
+        source = found.inputs["reward.independent"]
+        assert isinstance(source, SourceInput)
+        assert source.path == "spec.independentReward.model.uri"
+        assert all(each.role != term.role for each in found.settings.reward or ())
+
+
+def test_the_independent_reward_changes_the_stages_that_measure_it_and_no_other() -> None:
+    prints = [
+        {each.name: each.fingerprint for each in plan_job(planned).stages}
+        for planned in (job("ppo"), job("ppo", independentReward=GOLD))
+    ]
+    changed = {name for name in prints[0] if prints[0][name] != prints[1][name]}
+    assert changed == {"ppo", "evaluate"}
+
+
+def test_dpo_measures_an_independent_reward_once_it_is_over() -> None:
+    planned = plan_job(job("dpo", independentReward=GOLD))
+    assert "reward.independent" not in stage(planned, "dpo").inputs
+    assert "reward.independent" in stage(planned, "evaluate").inputs
+
+
+@pytest.mark.parametrize(
+    ("changes", "path"),
+    [
+        ({"rewardModel": GOLD, "preferences": None}, "model"),
+        ({"rewardTerms": [{"weight": 0.1, **GOLD}]}, "model"),
+        ({"rewardTerms": [{"rule": {"exactMatch": "answer"}}],
+          "independentReward": {"rule": {"exactMatch": "answer"}}}, "rule"),
+    ],
+)  # fmt: skip
+def test_a_reward_that_is_optimized_is_not_independent(changes: dict[str, Any], path: str) -> None:
+    wrong = job("ppo", **{"independentReward": GOLD, **changes})
+    (fault,) = faults(wrong)
+    assert fault.path == f"spec.independentReward.{path}"
+    assert "is optimized as reward" in fault.message
+    right = {**changes, "independentReward": {"rule": {"exactMatch": "another"}}}
+    assert plan_job(job("ppo", **right)).stages
+
+
+def test_an_independent_reward_needs_an_aligned_model() -> None:
+    with pytest.raises(ValueError, match="optimize is not set: set optimize"):
+        job("ppo", optimize=None, independentReward=GOLD)

@@ -347,6 +347,12 @@ def test_reward_models_count_as_large_as_they_are_or_refuse_nothing() -> None:
         if part.name == "reward models"
     }
     assert rewards == 4 * 2 * 400_000_000
+    gold = {"independentReward": {"model": {"uri": "hf://org/gold"}}}
+    more = aligned("8B", "H100", grpo, adapter={"lora": {}}, **four, **gold).plan
+    added = {f"{stage}/reward.independent": 600_000_000 for stage in ("grpo", "evaluate")}
+    for plan_stage in decided(more, posted(models=small | added)).estimate.stages[:2]:
+        (held,) = {part.bytes for part in plan_stage.parts if part.name == "reward models"}
+        assert held == 4 * 2 * 400_000_000 + 2 * 600_000_000
     refusal = decided(plan, posted(models=large)).answer.refusal
     assert refusal is not None
     assert "grpo takes at least " in refusal.message

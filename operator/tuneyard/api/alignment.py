@@ -87,6 +87,15 @@ class WeightedReward(Model):
     )
 
 
+class IndependentReward(OneOf):
+    """A reward that nothing is trained on. Set exactly one field."""
+
+    model: ModelSource | None = None
+    """An existing sequence classification model with one output."""
+    rule: RuleReward | None = None
+    """A rule that computes the reward without a model."""
+
+
 class AiFeedback(Model):
     """Sample completions from the model and let a judge label pairs of them (RLAIF, Lee et al.
     2023, arXiv:2309.00267)."""

@@ -10,6 +10,7 @@ from pydantic import Field
 from tuneyard.api.adapters import Adapter
 from tuneyard.api.alignment import (
     Constitution,
+    IndependentReward,
     Optimize,
     Preferences,
     RewardModel,
@@ -51,6 +52,12 @@ class AlignmentSpec(Model):
     """The reward of a completion; required by ppo, grpo and rloo. None: no reward."""
     reward_terms: list[WeightedReward] = Field(default=[], max_length=8)
     """Weighted rewards to add to the reward of `rewardModel`. Empty: none."""
+    independent_reward: IndependentReward | None = Field(
+        default=None, exclude_if=lambda value: value is None
+    )
+    """A reward that is measured beside the optimized one, and that nothing is trained on: if the
+    reward rises and this one falls, the policy exploits the reward. None: it is not measured."""
+    # Left out of a plan without it: plans of 0.2 keep their bytes.
     optimize: Optimize | None = None
     """The alignment method. None: the job ends after the steps above."""
     rounds: int = Field(default=1, ge=1, le=32)
@@ -117,6 +124,14 @@ class AlignmentSpec(Model):
             message="are added to the reward of rewardModel, which is not set: set rewardModel",
             path="rewardTerms",
             reads=("rewardTerms", "rewardModel"),
+        ),
+        Rule(
+            cel="!has(self.independentReward) || has(self.optimize)",
+            holds=lambda spec: spec.independent_reward is None or spec.optimize is not None,
+            message="is measured on an aligned model, and optimize is not set: set optimize, or "
+            "remove independentReward",
+            path="independentReward",
+            reads=("independentReward", "optimize"),
         ),
         Rule(
             cel="self.rounds == 1 || has(self.optimize)",

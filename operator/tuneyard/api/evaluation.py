@@ -18,6 +18,7 @@ Metric = Literal[
     "answerAccuracyGain",
     "validationLossOfGaps",
     "winRate",
+    "lengthControlledWinRate",
     "exactMatch",
     "tokenF1",
     "rouge1",
@@ -41,7 +42,8 @@ Metric = Literal[
   the do not matter. answerAccuracyGain: the difference from the base model.
 - validationLossOfGaps: held-out loss on the gaps of documents (data.fillInTheMiddle).
 - winRate: share of the tuned model's answers to held-out questions that the judge of
-  `evaluate.winRate` prefers to the base model's.
+  `evaluate.winRate` prefers to the base model's. lengthControlledWinRate: the share that it would
+  prefer if the answers of both models were equally long.
 - The others are those of `evaluate.metrics`, `evaluate.answerSchema` (schemaValid) and
   `evaluate.answerPattern` (patternMatch), which docs/task-metrics.md describes.
 """
@@ -69,6 +71,9 @@ AlignmentMetric = Literal[
     "rewardMargin",
     "reward",
     "rewardGain",
+    "independentReward",
+    "independentRewardGain",
+    "rewardLengthCorrelation",
     "kl",
     "lengthRatio",
     "distinctRatio",
@@ -76,6 +81,7 @@ AlignmentMetric = Literal[
     "complete",
     "sycophancyShift",
     "winRate",
+    "lengthControlledWinRate",
 ]
 """The metrics of an alignment that a gate can bound. The start is the model before alignment.
 
@@ -84,6 +90,10 @@ AlignmentMetric = Literal[
 - rewardAccuracy, rewardMargin: on the held-out pairs, by the reward model.
 - reward: mean over the aligned model's completions of held-out prompts; rewardGain: the difference
   from the start's.
+- independentReward, independentRewardGain: the same of `independentReward`, which nothing was
+  trained on.
+- rewardLengthCorrelation: Pearson's correlation of the reward with the length in tokens, over the
+  aligned model's completions.
 - kl: divergence from the start, in nats per completion.
 - lengthRatio: mean length of a completion as a multiple of the start's.
 - distinctRatio: share of distinct word pairs in all completions together (distinct-2), as a
@@ -92,7 +102,8 @@ AlignmentMetric = Literal[
 - complete: share of the completions that end with an end token.
 - sycophancyShift: how much likelier a wrong answer becomes once the user states it.
 - winRate: share of the aligned model's completions that the judge of `evaluate.winRate` prefers to
-  the start's.
+  the start's. lengthControlledWinRate: the share that it would prefer if the completions of both
+  models were equally long.
 """
 
 
@@ -121,6 +132,7 @@ PAIRED_METRICS: tuple[str, ...] = (
     "patternMatch",
     "classAccuracy",
     "reward",
+    "independentReward",
     "repetition",
     "complete",
 )

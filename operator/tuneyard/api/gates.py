@@ -31,6 +31,17 @@ VERDICT_WORDS: dict[Verdict, str] = {
 }
 
 
+_MISSING = {
+    "answerAccuracy": "Measure {metric}: answerAccuracy needs held-out rows with the field "
+    "expected; a value that is not a number means that the model diverged.",
+    "lengthControlledWinRate": "Measure {metric}: it needs judgments of at least 20 prompts, and "
+    "completions of the tuned model that are longer than the other model's, and shorter ones.",
+    "rewardLengthCorrelation": "Find out why all rewards, or all lengths, are equal: the model may "
+    "have diverged.",
+}
+"""The remedies for metrics that were not measured, by the beginning of their names."""
+
+
 class GateResult(Report):
     """The verdict on one gate, and its evidence."""
 
@@ -127,12 +138,10 @@ class GateResult(Report):
         if self.passed:
             return ""
         if self.verdict == "missing":
-            return (
-                f"Measure {self.metric}: answerAccuracy needs held-out rows with the field "
-                "expected; a value that is not a number means that the model diverged."
-                if self.metric.startswith("answerAccuracy")
-                else f"Find out why {self.metric} has no value: the model may have diverged."
-            )
+            return next(
+                (text for name, text in _MISSING.items() if self.metric.startswith(name)),
+                f"Find out why {self.metric} has no value: the model may have diverged.",
+            ).format(metric=self.metric)
         on_suite = "/" in self.metric
         if self.verdict == "insufficientEvidence":
             more = "Give the suite more items" if on_suite else "Hold out more rows"

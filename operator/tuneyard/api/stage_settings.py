@@ -373,6 +373,10 @@ class PpoSettings(Model):
     """How completions are sampled."""
     reward: list[RewardTerm]
     """Terms whose sum is the reward of a completion."""
+    independent_reward: RewardTerm | None = Field(
+        default=None, exclude_if=lambda value: value is None
+    )
+    """A reward that nothing is trained on, beside `reward`. None: there is none."""
     rollouts: int
     """Completions per update, over all workers."""
     optimization_epochs: int
@@ -418,6 +422,10 @@ class GrpoSettings(Model):
     """How completions are sampled."""
     reward: list[RewardTerm]
     """Terms whose sum is the reward of a completion."""
+    independent_reward: RewardTerm | None = Field(
+        default=None, exclude_if=lambda value: value is None
+    )
+    """A reward that nothing is trained on, beside `reward`. None: there is none."""
     group_size: int
     """Completions per prompt."""
     kl_coefficient: float
@@ -597,6 +605,10 @@ class EvaluateSettings(Model):
     model."""
     reward: list[RewardTerm] | None = Field(default=None, exclude_if=lambda value: value is None)
     """Terms whose sum is the reward of a completion. None: no reward."""
+    independent_reward: RewardTerm | None = Field(
+        default=None, exclude_if=lambda value: value is None
+    )
+    """A reward that nothing was trained on. None: there is none."""
     win_rate: WinRateSettings | None = Field(default=None, exclude_if=lambda value: value is None)
     """How a judge compares completions. None: no win rate is measured."""
     suites: list[SuiteSettings] | None = Field(default=None, exclude_if=lambda value: value is None)
@@ -652,6 +664,12 @@ Settings = Annotated[
     | ExportSettings,
     Field(discriminator="kind"),
 ]
+
+
+def scoring_terms(settings: PpoSettings | GrpoSettings | EvaluateSettings) -> list[RewardTerm]:
+    """Return the terms of all rewards that a stage computes, the independent one included."""
+    independent = settings.independent_reward
+    return [*(settings.reward or ()), *([independent] if independent else ())]
 
 
 StageKind = Literal[

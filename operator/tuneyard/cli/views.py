@@ -36,7 +36,8 @@ MAX_EVENTS = 8
 STAGE_METRICS = (
     *("validationLoss", "generalLossIncrease", "loss", "validationPerplexity", "lossReduction"),
     "answerAccuracy",
-    *("preferenceAccuracy", "rewardAccuracy", "reward", "kl", "steps", "rows", "tokens"),
+    *("preferenceAccuracy", "rewardAccuracy", "reward", "independentReward"),
+    *("kl", "steps", "rows", "tokens"),
 )
 """The metrics of a stage that are shown first; four fit in a line."""
 VERDICT_STYLES = {

@@ -96,6 +96,18 @@ _TRAINING = {
         _JOB,
         registry=REGISTRY,
     ),
+    "heldOutIndependentReward": Gauge(
+        "tuneyard_training_independent_reward",
+        "Mean independent reward of the newest completions of held-out prompts.",
+        _JOB,
+        registry=REGISTRY,
+    ),
+    "rewardLengthCorrelation": Gauge(
+        "tuneyard_training_reward_length_correlation",
+        "Correlation of reward and length over the newest completions.",
+        _JOB,
+        registry=REGISTRY,
+    ),
     "kl": Gauge(
         "tuneyard_training_kl_nats",
         "KL divergence of the policy from the reference, in nats per completion.",

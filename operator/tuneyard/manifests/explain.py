@@ -38,6 +38,12 @@ REMEDIES = {
 }
 """The remedy for a string that does not match a pattern."""
 
+NOT_TAKEN = {
+    "independentReward.judge": "a judge compares completions once training is over: set "
+    "evaluate.winRate.judge",
+}
+"""The remedies for fields that users may expect, by their last two names."""
+
 _KINDS = {
     "int_type": ("an integer", "write a number, e.g. 3"),
     "int_from_float": ("an integer", "write a whole number, e.g. 3"),

@@ -17,7 +17,7 @@ from tuneyard.api.finetunejob import FineTuneJob
 from tuneyard.api.meta import API_VERSION, Model, yaml_fields
 from tuneyard.errors import Fault, ManifestError
 from tuneyard.manifests.documents import Document, Path, dotted, load
-from tuneyard.manifests.explain import closest, explain, same_word, shown
+from tuneyard.manifests.explain import NOT_TAKEN, closest, explain, same_word, shown
 from tuneyard.manifests.fields import Partial, all_paths, keeps_null, mappings, model_at
 
 Job = FineTuneJob | AlignmentJob
@@ -220,6 +220,8 @@ def _unknown_field(path: Path, model: type[BaseModel]) -> _Problem:
     owner = model_at(model, parent)
     known = list(yaml_fields(owner)) if owner else []
     text = f"unknown field '{name}'"
+    if remedy := NOT_TAKEN.get(".".join(map(str, path[-2:]))):
+        return _Problem(path, f"{text}: {remedy}")
     local = closest(name, known)
     others = [] if local and same_word(local, name) else _elsewhere(name, parent, model)
     if local and not any(same_word(str(other[-1]), name) for other in others):

@@ -76,6 +76,8 @@ Packing = Literal["auto", "always", "never"]
 
 REVISIONS, LABELS = "revisions.jsonl", "preferences.jsonl"
 """The output files of the critique and the feedback stage that later stages read."""
+INDEPENDENT = "reward.independent"
+"""The role of the reward model that nothing is trained on."""
 
 
 def alignment_stages(spec: AlignmentSpec) -> tuple[list[Draft], list[str]]:
@@ -334,6 +336,7 @@ class _Builder:
             chat=self.chat,
             sampling=step.sampling,
             reward=self._terms(),
+            independent_reward=self._independent_term(),
             stop_on=step.stop_on,
             training=self._loop("optimize.ppo", step.training, "ppo", self.tuning, suffix),
             **same,
@@ -355,6 +358,7 @@ class _Builder:
             chat=self.chat,
             sampling=step.sampling,
             reward=self._terms(),
+            independent_reward=self._independent_term(),
             group_size=step.group_size,
             kl_coefficient=step.kl_coefficient,
             clip_range=step.clip_range,
@@ -452,6 +456,7 @@ class _Builder:
             ),
             preferences=PreferencesSettings(beta=beta),
             reward=self._terms() if spec.reward_model else None,
+            independent_reward=self._independent_term(),
             win_rate=win_rate_settings(spec.evaluate.win_rate),
             suites=suite_settings(spec.evaluate),
             seed=defaults.SAMPLING_SEED,
@@ -481,6 +486,13 @@ class _Builder:
             terms.append(RewardTerm(weight=term.weight, role=role, rule=term.rule))
         return terms
 
+    def _independent_term(self) -> RewardTerm | None:
+        independent = self.spec.independent_reward
+        if independent is None:
+            return None
+        role = None if independent.rule else INDEPENDENT
+        return RewardTerm(role=role, rule=independent.rule)
+
     def _reward_input(self) -> dict[str, Input]:
         """Return the reward models as inputs; rules need none."""
         inputs: dict[str, Input] = {}
@@ -493,6 +505,9 @@ class _Builder:
             if term.model:
                 path = f"spec.rewardTerms[{index}].model"
                 inputs[f"reward.{index}"] = source_input(term.model, path)
+        independent = self.spec.independent_reward
+        if independent and independent.model:
+            inputs[INDEPENDENT] = source_input(independent.model, "spec.independentReward.model")
         return inputs
 
     def _loop(

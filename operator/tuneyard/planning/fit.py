@@ -23,6 +23,7 @@ from tuneyard.api.stage_settings import (
     PrepareSettings,
     RewardSettings,
     TrainSettings,
+    scoring_terms,
 )
 from tuneyard.planning.hardware import CPU_PROCESS_BYTES, GPUS, Cpu, Gpu
 from tuneyard.planning.limits import can_shard
@@ -402,7 +403,7 @@ def _shared(stage: PlannedStage) -> PlannedStage | None:
         loop = settings.training.model_copy(update={"engine": "trl"})
         settings = settings.model_copy(update={"training": loop})
     elif isinstance(settings, EvaluateSettings):
-        if "judge" in stage.inputs or any(term.role for term in settings.reward or ()):
+        if "judge" in stage.inputs or any(term.role for term in scoring_terms(settings)):
             return None
     else:
         return None

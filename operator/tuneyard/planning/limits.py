@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Literal, get_args
 
 from tuneyard.api.adapters import Adapter
-from tuneyard.api.alignment import Dpo, GroupRelative
+from tuneyard.api.alignment import Dpo, GroupRelative, RewardModel, WeightedReward
 from tuneyard.api.alignmentjob import AlignmentSpec
 from tuneyard.api.compute import MIN_SHARDS, Compute
 from tuneyard.api.evaluation import (
@@ -72,6 +72,9 @@ NEEDS_WHOLE_MODEL = (
     "sharding"
 )
 
+WIN_RATES = ("winRate", "lengthControlledWinRate")
+"""The metrics that a judge of `evaluate.winRate` measures."""
+
 WITHOUT_ITEMS = ("lengthRatio", "distinctRatio")
 """Metrics of all completions together."""
 
@@ -130,6 +133,7 @@ def alignment_faults(spec: AlignmentSpec) -> list[Fault]:
         *_unused_step_faults(spec),
         *_stopping_faults(spec),
         *_reinforcement_faults(spec),
+        *_independence_faults(spec),
         *_distillation_faults(spec),
         *suite_faults(spec.evaluate.suites),
         *_suites_of_rewards(spec),
@@ -246,6 +250,33 @@ def _stopping_faults(spec: AlignmentSpec) -> Iterator[Fault]:
                 "needs held-out preferences: set preferences.heldOut above 0, or remove "
                 "earlyStopping",
             )
+
+
+def _independence_faults(spec: AlignmentSpec) -> Iterator[Fault]:
+    """Yield the fault of an independent reward that is a part of the optimized one, or that has no
+    completions to score."""
+    independent = spec.independent_reward
+    if independent is None:
+        return
+    parts: dict[str, RewardModel | WeightedReward | None] = {
+        "rewardModel": spec.reward_model,
+        **{f"rewardTerms[{index}]": term for index, term in enumerate(spec.reward_terms)},
+    }
+    for name, part in parts.items():
+        same_rule = part and independent.rule and part.rule == independent.rule
+        same_model = part and independent.model and part.model == independent.model
+        if same_rule or same_model:
+            yield Fault(
+                f"spec.independentReward.{independent.kind}",
+                f"is optimized as {name}, and shows nothing beside itself: name another reward, "
+                "or remove independentReward",
+            )
+    if spec.optimize and not _has_evaluation_prompts(spec):
+        yield Fault(
+            "spec.independentReward",
+            "scores completions of held-out prompts, but none are held out: set "
+            "preferences.heldOut above 0, or remove independentReward",
+        )
 
 
 def _reinforcement_faults(spec: AlignmentSpec) -> Iterator[Fault]:
@@ -443,6 +474,9 @@ def _whole_models(spec: AlignmentSpec) -> Iterator[Fault]:
             f"spec.rewardTerms[{index}].model": term.model is not None
             for index, term in enumerate(spec.reward_terms)
         },
+        "spec.independentReward.model": bool(
+            spec.independent_reward and spec.independent_reward.model
+        ),
     }
     for where, is_set in whole.items():
         if is_set:
@@ -708,8 +742,8 @@ def _unmeasured_fine_tuning(gate: Gate, spec: FineTuneSpec) -> str | None:
 def _unnamed_metric(metric: str, evaluate: Evaluate) -> str | None:
     """Return the message for a metric of answers that the manifest does not ask for. None: it does,
     or it is none."""
-    if metric == "winRate" and not evaluate.win_rate:
-        return "winRate is measured by a judge: set evaluate.winRate"
+    if metric in WIN_RATES and not evaluate.win_rate:
+        return f"{metric} is measured by a judge: set evaluate.winRate"
     named = MEASURED_BY.get(metric)
     if named is not None and named not in evaluate.metrics:
         return f"{metric} is measured if it is asked for: add {named} to evaluate.metrics"
@@ -788,6 +822,10 @@ def _unmeasured_alignment(gate: Gate, spec: AlignmentSpec) -> str | None:
         return f"{gate.metric} is measured on held-out preferences: set preferences and optimize"
     if gate.metric in ("reward", "rewardGain") and not (reward and spec.optimize):
         return f"{gate.metric} needs a reward and an aligned model: set rewardModel and optimize"
+    if gate.metric == "rewardLengthCorrelation" and not (reward and spec.optimize):
+        return f"{gate.metric} needs a reward and an aligned model: set rewardModel and optimize"
+    if gate.metric.startswith("independentReward") and not spec.independent_reward:
+        return f"{gate.metric} needs a reward that nothing is trained on: set independentReward"
     on_reward = gate.metric in ("rewardAccuracy", "rewardMargin")
     if on_reward and not (preferences and reward and not reward.rule):
         return (
@@ -797,8 +835,8 @@ def _unmeasured_alignment(gate: Gate, spec: AlignmentSpec) -> str | None:
     of_policy = ("kl", "lengthRatio", "distinctRatio", "repetition", "complete", "sycophancyShift")
     if gate.metric in of_policy and not spec.optimize:
         return f"{gate.metric} is measured on an aligned model: set optimize"
-    if gate.metric == "winRate" and not spec.evaluate.win_rate:
-        return "winRate is measured by a second judge: set evaluate.winRate"
+    if gate.metric in WIN_RATES and not spec.evaluate.win_rate:
+        return f"{gate.metric} is measured by a second judge: set evaluate.winRate"
     on_pairs = on_reward or gate.metric.startswith("preference")
     if on_pairs and preferences and not preferences.held_out:
         return f"{gate.metric} is measured on held-out preferences: set preferences.heldOut above 0"

@@ -39,6 +39,7 @@ def alignment_stage() -> PlannedStage:
         "completions": {"prompts": None, "sampling": {"max_new_tokens": 8}},
         "max_new_tokens": 8,
         "reward": [{"role": "reward"}],
+        "independent_reward": {"role": "reward.independent"},
         "preferences": {"beta": 0.1},
         "win_rate": {"judge": None, "question": QUESTION, "principles": ["be kind"]},
         "samples": 3,
@@ -57,6 +58,7 @@ def run(name: str, folder: Path, inputs: Mapping[str, Path], worker: Worker) -> 
         evaluate.run(StageContext(evaluate_stage(), given, folder, worker))
         return
     given |= {"pairs": inputs["pairs"], "reward": inputs["reward"], "judge": inputs["model"]}
+    given["reward.independent"] = inputs["reward"]
     if name == "a reward model":
         del given["tuned"]
     evaluate.run(StageContext(alignment_stage(), given, folder, worker))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,13 @@ from tests.trainer.evaluation.measuring import (
 )
 from tests.trainer.preferring import planned
 from tuneyard.api.adapters import Adapter
+from tuneyard.api.plan import StageRecord
 from tuneyard.api.stage_settings import AssessSettings
 from tuneyard_trainer.data.prepared import Rows
 from tuneyard_trainer.evaluation import evaluate
 from tuneyard_trainer.evaluation.items import Items
 from tuneyard_trainer.models import adapters, policies
+from tuneyard_trainer.reporting.results import Results
 from tuneyard_trainer.worker import StageContext
 
 WIN_RATE = {"judge": None, "question": QUESTION, "principles": ["be kind"]}
@@ -88,7 +91,7 @@ def test_each_prompt_and_each_pair_of_an_alignment_has_its_values(
     run("an alignment", tmp_path, inputs, ALONE)
     metrics = measured(tmp_path)["metrics"]
     names = {"complete", "preferenceAccuracy", "repetition", "reward", "rewardAccuracy", "winRate"}
-    assert items.keys() == names
+    assert items.keys() == {*names, "independentReward"}
     assert len(items["reward"].ids) == metrics["completions"]
     for name, found in items.items():
         assert len(found.ids) == len(found.tuned_N) == len({*found.ids})
@@ -97,6 +100,40 @@ def test_each_prompt_and_each_pair_of_an_alignment_has_its_values(
     reward = items["reward"]
     assert reward.base_N is not None
     assert (reward.tuned_N - reward.base_N).mean() == pytest.approx(metrics["rewardGain"])
+    independent = items["independentReward"]
+    assert np.array_equal(independent.tuned_N, reward.tuned_N), "here it is the same model"
+    assert metrics["independentRewardGain"] == metrics["rewardGain"]
+    assert metrics["startIndependentReward"] == metrics["startReward"]
+    assert -1 <= metrics["rewardLengthCorrelation"] <= 1
+
+
+def test_a_finding_is_recorded_reported_and_a_warning_of_the_results(
+    tmp_path: Path, inputs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A finding that everything gives: its evidence is tested in test_findings.py."""
+    monkeypatch.setattr(evaluate, "findings", lambda found: [f"of {len(found.items)} metrics"])
+    reported: list[str | None] = []
+    worker = replace(ALONE, report=lambda **event: reported.append(event.get("message")))
+    stage = evaluate_stage(samples=1)
+    given = {"model": inputs["model"], "tuned": inputs["tuned"], "data": inputs["prepared"]}
+    outcome = evaluate.run(StageContext(stage, given, tmp_path, worker))
+    (finding,) = outcome.details["findings"]
+    assert f"warning: {finding}" in reported
+    record = StageRecord.model_validate(
+        {
+            "stage": "evaluate",
+            "kind": "evaluate",
+            "identity": "sha256:a",
+            "inputDigests": {},
+            "digest": "sha256:b",
+            "attempt": 1,
+            "startedAt": "2026-01-01T00:00:00Z",
+            "finishedAt": "2026-01-01T00:00:01Z",
+            "metrics": dict(outcome.metrics),
+            "details": dict(outcome.details),
+        }
+    )
+    assert finding in Results.of({"evaluate": record}).warnings
 
 
 def test_the_metrics_that_a_manifest_names_are_measured_of_both_models(

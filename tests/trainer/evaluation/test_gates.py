@@ -16,6 +16,7 @@ from tuneyard.api.gates import GateResult, overall
 from tuneyard.api.plan import PlannedStage, StageInput
 from tuneyard.api.stage_settings import EvaluateSettings
 from tuneyard.errors import StageError
+from tuneyard_trainer.evaluation.evidence import Estimate, Interval
 from tuneyard_trainer.evaluation.gates import judge_gates
 from tuneyard_trainer.evaluation.items import MAX_FLIPPED, Items
 from tuneyard_trainer.evaluation.result import finish
@@ -86,6 +87,19 @@ def test_the_remedy_names_what_changes_this_metric(metric: str, more: str, chang
     assert (few.verdict, more in few.remedy) == ("insufficientEvidence", True)
     (missed,) = judge_gates([gate.model_copy(update={"min_items": None})], metrics, found)
     assert (missed.verdict, change in missed.remedy) == ("breach", True)
+
+
+def test_a_metric_that_is_no_mean_over_items_is_shown_with_its_estimate() -> None:
+    gate = Gate(metric="lengthControlledWinRate", at_least=0.5, min_items=30)
+    estimates = {gate.metric: Estimate(Interval(0.4, 0.7), 40)}
+    (result,) = judge_gates([gate], {gate.metric: 0.55}, {}, estimates)
+    assert result.verdict == "pass"
+    assert (result.low, result.high, result.items) == (0.4, 0.7, 40)
+    few = {gate.metric: Estimate(Interval(0.4, 0.7), 29)}
+    assert judge_gates([gate], {gate.metric: 0.55}, {}, few)[0].verdict == "insufficientEvidence"
+    (missing,) = judge_gates([gate], {}, {})
+    assert missing.verdict == "missing"
+    assert missing.remedy.startswith("Measure lengthControlledWinRate: it needs judgments of at l")
 
 
 @pytest.mark.parametrize("metrics", [{}, {"reward": float("nan")}, {"reward": float("inf")}])

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.trainer.judge_server import QUESTION, Answer, JudgeServer, answers_of, completion
@@ -16,7 +17,10 @@ from tuneyard.api.plan import Plan
 from tuneyard.errors import StageError
 from tuneyard.manifests.manifest import read
 from tuneyard.planning.plan import plan_job
-from tuneyard_trainer.evaluation.win_rate import make_pairs, win_rate_metrics
+from tuneyard_trainer.data.prompts import Prompt
+from tuneyard_trainer.evaluation.length_controlled import LengthControlled, length_controlled
+from tuneyard_trainer.evaluation.part import Answered
+from tuneyard_trainer.evaluation.win_rate import at_equal_length, make_pairs, win_rate_metrics
 from tuneyard_trainer.judging.judges import Verdict
 from tuneyard_trainer.reinforcement import rewards
 from tuneyard_trainer.running import torchrun
@@ -52,6 +56,30 @@ def test_only_completions_that_differ_are_compared_the_tuned_models_first() -> N
     assert pairs[1].completions == ("new", "old")
     changed = make_pairs([("Ho", "same", "same"), ("Hi", "newer", "old")], ["be kind"], seed=1)
     assert pairs[1].key != changed[1].key
+
+
+# ---- at equal length --------------------------------------------------------------------------
+
+
+def test_the_win_rate_at_equal_length_is_that_of_the_judged_prompts_and_of_ties() -> None:
+    """Lengths are in characters; prompts without a verdict are left out, in both win rates."""
+    prompts = [Prompt(messages=(), where=f"row {n}") for n in range(50)]
+    before, wins = ["same"] * 50, []
+    tuned = ["same" + "x" * (n % 7) if n % 2 else "s" * (1 + n % 3) for n in range(50)]
+    tuned[4] = "same"
+    answered = Answered(prompts, tuned, before, np.zeros(50))
+    outcomes = {n: ("first", "second", "tie")[n % 3] for n in range(50) if n != 4}
+    outcomes[6] = "unlabeled"
+    found = dict(zip(outcomes, verdicts(*outcomes.values()), strict=True))
+    result = at_equal_length(answered, found)
+    kept = [n for n in range(50) if n != 6]
+    wins = [0.5 if n == 4 else {"first": 1, "second": 0, "tie": 0.5}[outcomes[n]] for n in kept]
+    longer = [len(tuned[n]) - 4 for n in kept]
+    expected = length_controlled(np.array(wins, dtype=float), np.array(longer, dtype=float))
+    assert isinstance(expected, LengthControlled)
+    assert result.metrics["lengthControlledWinRate"] == expected.win_rate
+    assert result.estimates["lengthControlledWinRate"].items == 49
+    assert result.metrics["judgeLengthEffect"] == expected.length_effect
 
 
 # ---- a job ------------------------------------------------------------------------------------
@@ -145,6 +173,10 @@ def test_a_hacked_reward_rises_while_the_win_rate_falls(
     assert metrics["winRate"] < 0.5
     assert requests == metrics["judgeRequests"] == 2 * metrics["judgedPairs"]
     assert record["details"]["judge"] == "judge-2"
+    assert record["details"]["lengthControlledWinRate"] == (
+        "7 prompts were judged, and 20 are needed"
+    )
+    assert "lengthControlledWinRate" not in metrics
     card = (folder / "out" / "result" / "README.md").read_text()
     assert "Win rate by the judge" in card
 

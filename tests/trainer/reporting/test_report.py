@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import yaml
 from huggingface_hub import ModelCard
-from PIL import Image
+from PIL import Image, ImageColor
 from transformers import AutoModelForCausalLM
 
 from tests.trainer.finished import HOSTILE, LINES, MANIFEST, folders
@@ -510,6 +510,31 @@ def test_reinforcement_learning_has_curves_of_reward_and_kl_divergence(
     ]
     with Image.open(io.BytesIO(plots.draw(curves, "aligned"))) as image:
         assert image.size == (1600, 1000)
+
+
+def test_the_independent_reward_is_in_the_panel_of_the_reward_and_length_in_one_of_its_own(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    lines = [
+        {"step": 0, "heldOutReward": 0.25, "heldOutIndependentReward": 9.0},
+        {"step": 1, "reward": 0.5, "rewardLengthCorrelation": 0.3, "learningRate": 1e-4},
+        {"step": 1, "heldOutReward": 0.75, "heldOutIndependentReward": 4.0},
+        {"step": 1, "heldOutRewardLengthCorrelation": 0.6},
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    curves = plots.Curves.read(path, "ppo")
+    reward, _, correlation = curves.panels
+    assert reward.held_out == [(0, 0.25), (1, 0.75)]
+    assert reward.independent == [(0, 9.0), (1, 4.0)]
+    assert (correlation.training, correlation.held_out) == ([(1, 0.3)], [(1, 0.6)])
+    for theme in ("light", "dark"):
+        drawn = plots.draw(curves, "aligned", theme)
+        assert drawn == plots.draw(curves, "aligned", theme)
+        with Image.open(io.BytesIO(drawn)) as image:
+            assert image.size == (1600, 1000)
+            color = ImageColor.getrgb(plots.COLORS[theme]["independent"])
+            assert color in {pixel for _, pixel in image.convert("RGB").getcolors(1 << 20) or ()}
 
 
 @pytest.mark.parametrize(

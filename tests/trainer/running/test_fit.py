@@ -337,11 +337,16 @@ def test_prompts_and_models_that_are_at_hand_are_measured_and_others_left_out(
         optimize={"grpo": grpo},
         rewardModel={"model": {"uri": "file://reward"}},
         rewardTerms=terms,
+        independentReward={"model": {"uri": "file://gold"}},
     )
     hands = {
         (stage, role): path
         for stage in ("grpo", "evaluate")
-        for role, path in (("prompts", prompts), ("reward", tiny_model_dir))
+        for role, path in (
+            ("prompts", prompts),
+            ("reward", tiny_model_dir),
+            ("reward.independent", tiny_model_dir),
+        )
     }
     facts = known(plan, tiny_model_dir, hands)
     assert facts.prompts.keys() == {"grpo", "evaluate"}
@@ -350,7 +355,11 @@ def test_prompts_and_models_that_are_at_hand_are_measured_and_others_left_out(
     text = tiny_tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     expected = tiny_tokenizer(text, add_special_tokens=False)["input_ids"]
     assert facts.prompts["grpo"].longest == len(expected)
-    assert facts.models.keys() == {"grpo/reward", "evaluate/reward"}
+    assert facts.models.keys() == {
+        f"{stage}/{role}"
+        for stage in ("grpo", "evaluate")
+        for role in ("reward", "reward.independent")
+    }
     model = AutoModelForSequenceClassification.from_pretrained(tiny_model_dir, num_labels=1)
     size = sum(p.numel() for p in model.parameters()) - model.score.weight.numel()
     assert facts.models["grpo/reward"] == size

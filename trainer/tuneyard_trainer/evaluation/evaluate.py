@@ -15,6 +15,7 @@ from typing import Any
 from tuneyard.api.earlier import current, current_role
 from tuneyard.api.stage_settings import EvaluateSettings
 from tuneyard_trainer.data.sharing import InStep, SharedStage
+from tuneyard_trainer.evaluation.findings import findings
 from tuneyard_trainer.evaluation.part import Found, Loaded, Part
 from tuneyard_trainer.evaluation.parts import parts_of
 from tuneyard_trainer.evaluation.result import finish
@@ -59,15 +60,23 @@ def _run(context: StageContext, shared: SharedStage) -> StageOutcome:
     found = Found.merged(_compared(parts, measured))
     if not worker.is_main:
         return StageOutcome()
+    warnings = findings(found)
+    for warning in warnings:
+        worker.report(step=STEPS, total_steps=STEPS, message=f"warning: {warning}")
     return finish(
         context,
         settings.gates,
         found.metrics,
         found.samples,
-        {**found.details, **({"suites": found.suites} if found.suites else {})},
+        {
+            **found.details,
+            **({"suites": found.suites} if found.suites else {}),
+            **({"findings": warnings} if warnings else {}),
+        },
         answers=found.answers,
         steps=STEPS,
         items=found.items,
+        estimates=found.estimates,
     )
 
 

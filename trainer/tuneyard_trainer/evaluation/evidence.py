@@ -6,8 +6,9 @@ Shapes: N items, B resamples.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from statistics import NormalDist
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +34,19 @@ class Interval(NamedTuple):
         return self.low <= value <= self.high
 
 
+class Estimate(NamedTuple):
+    """The evidence for a metric that is no mean over items."""
+
+    interval: Interval
+    """The 95% interval of the tuned model's value."""
+    items: int
+    """The number of items that were measured."""
+
+    def summary(self, value: float) -> dict[str, Any]:
+        """Return what the items show, as JSON. `value`: of the metric."""
+        return {"items": self.items, "value": value, "interval": self.interval}
+
+
 def mean_interval(values_N: NDArray[np.float64]) -> Interval:
     """Return the 95% interval of the mean of the values. Raises ValueError without values."""
     return ratio_interval(values_N, np.ones(len(values_N)))
@@ -54,18 +68,41 @@ def ratio_interval(
     `share_interval` and `flip_interval` are for right and wrong answers. Raises
     ValueError without items.
     """
-    count = len(numerators_N)
+    return bootstrap_interval(
+        len(numerators_N),
+        lambda drawn_BN: numerators_N[drawn_BN].sum(1) / denominators_N[drawn_BN].sum(1),
+    )
+
+
+def bootstrap_interval(
+    count: int, statistic: Callable[[NDArray[np.int64]], NDArray[np.float64]]
+) -> Interval:
+    """Return the 95% interval of a statistic of `count` items, as `ratio_interval` does.
+
+    `statistic`: returns the value (B,) of each resample, of which it gets the items' indices
+    (B, N). Raises ValueError without items.
+    """
     if not count:
         raise ValueError("an interval needs at least one item")
     generator = np.random.default_rng(SEED)
     per_chunk = max(1, CHUNK // count)
-    ratios = []
-    for start in range(0, RESAMPLES, per_chunk):
-        drawn_BN = generator.integers(count, size=(min(per_chunk, RESAMPLES - start), count))
-        ratios.append(numerators_N[drawn_BN].sum(1) / denominators_N[drawn_BN].sum(1))
+    values = [
+        statistic(generator.integers(count, size=(min(per_chunk, RESAMPLES - start), count)))
+        for start in range(0, RESAMPLES, per_chunk)
+    ]
     tail = _tail(count)
-    low, high = np.quantile(np.concatenate(ratios), [tail, 1 - tail])
+    low, high = np.quantile(np.concatenate(values), [tail, 1 - tail])
     return Interval(float(low), float(high))
+
+
+def correlation_interval(correlation: float, count: int) -> Interval | None:
+    """Return the 95% interval of Pearson's correlation of `count` pairs of values (Fisher 1921: it
+    is symmetric in the inverse hyperbolic tangent). None: fewer than 4 pairs, or all are on a
+    line."""
+    if count < 4 or abs(correlation) >= 1:
+        return None
+    center, half = math.atanh(correlation), QUANTILE / math.sqrt(count - 3)
+    return Interval(math.tanh(center - half), math.tanh(center + half))
 
 
 def share_interval(right: int, count: int) -> Interval:

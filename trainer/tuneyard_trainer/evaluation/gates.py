@@ -15,18 +15,26 @@ from collections.abc import Mapping, Sequence
 from tuneyard.api.evaluation import Gate
 from tuneyard.api.gates import VERDICT_WORDS, GateResult, Verdict
 from tuneyard.errors import StageError
-from tuneyard_trainer.evaluation.evidence import Interval
+from tuneyard_trainer.evaluation.evidence import Estimate, Interval
 from tuneyard_trainer.evaluation.items import Items
 
-GAINS = {"answerAccuracyGain": "answerAccuracy", "rewardGain": "reward"}
+GAINS = {
+    "answerAccuracyGain": "answerAccuracy",
+    "rewardGain": "reward",
+    "independentRewardGain": "independentReward",
+}
 """Metrics that are the mean difference of another one between the models."""
 
 
 def judge_gates(
-    gates: Sequence[Gate], metrics: Mapping[str, float], items: Mapping[str, Items]
+    gates: Sequence[Gate],
+    metrics: Mapping[str, float],
+    items: Mapping[str, Items],
+    estimates: Mapping[str, Estimate] | None = None,
 ) -> list[GateResult]:
-    """Return the verdict on each gate. `items`: by metric; those of some metrics are unknown."""
-    return [_judged(gate, metrics, items) for gate in gates]
+    """Return the verdict on each gate. `items`: by metric; those of some metrics are unknown.
+    `estimates`: the evidence for other metrics."""
+    return [_judged(gate, metrics, items, (estimates or {}).get(gate.metric)) for gate in gates]
 
 
 def check_gates(results: Sequence[GateResult], kept: str) -> None:
@@ -51,13 +59,18 @@ def _label(result: GateResult) -> str:
     return words if result.is_required else f"{words} (advisory)"
 
 
-def _judged(gate: Gate, metrics: Mapping[str, float], items: Mapping[str, Items]) -> GateResult:
+def _judged(
+    gate: Gate,
+    metrics: Mapping[str, float],
+    items: Mapping[str, Items],
+    estimate: Estimate | None,
+) -> GateResult:
     value = metrics.get(gate.metric, math.nan)
     if not math.isfinite(value):
         return GateResult.of(gate, "missing", items=_count(gate.metric, items))
     if gate.not_worse_than_base_by is not None:
         return _judged_difference(gate, value, gate.not_worse_than_base_by, items.get(gate.metric))
-    interval, count = _value_interval(gate.metric, items), _count(gate.metric, items)
+    interval, count = estimate or (_value_interval(gate.metric, items), _count(gate.metric, items))
     low, high = interval or (None, None)
     return GateResult.of(
         gate, _bounded(gate, value, count), value=value, low=low, high=high, items=count

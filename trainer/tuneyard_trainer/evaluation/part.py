@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from tuneyard_trainer.data.prepared import Rows
 from tuneyard_trainer.data.prompts import Prompt
 from tuneyard_trainer.data.sharing import InStep, SharedStage
+from tuneyard_trainer.evaluation.evidence import Estimate
 from tuneyard_trainer.evaluation.items import Items
 from tuneyard_trainer.generation.greedy import continuations
 from tuneyard_trainer.models import probes
@@ -108,6 +109,8 @@ class Found:
     """All answers of both models to the job's own prompts; `samples` are a few of them."""
     suites: Mapping[str, Any] = field(default_factory=dict)
     """Facts of each suite by its name, such as its items. Recorded apart: names are free."""
+    estimates: Mapping[str, Estimate] = field(default_factory=dict)
+    """The evidence for metrics that are no mean over items, by the metric's name."""
 
     @classmethod
     def merged(cls, parts: Iterable[Found]) -> Found:
@@ -117,6 +120,7 @@ class Found:
             metrics={name: value for each in every for name, value in each.metrics.items()},
             samples=[sample for each in every for sample in each.samples],
             items={name: value for each in every for name, value in each.items.items()},
+            estimates={name: found for each in every for name, found in each.estimates.items()},
             details={name: value for each in every for name, value in each.details.items()},
             answers=[answer for each in every for answer in each.answers],
             suites={name: value for each in every for name, value in each.suites.items()},

@@ -5,7 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from tuneyard.api.stage_settings import ChatSettings, CompletionsSettings, EvaluateSettings
+from tuneyard.api.stage_settings import (
+    ChatSettings,
+    CompletionsSettings,
+    EvaluateSettings,
+    scoring_terms,
+)
 from tuneyard_trainer.data.prompts import Prompt, TokenizedPrompt, read_prompts
 from tuneyard_trainer.data.sharing import SharedStage
 from tuneyard_trainer.evaluation import reward
@@ -54,12 +59,7 @@ def _of_policies(
         tokenizer.chat_template = chat.chat_template
     if sampled:
         is_held_out, prompts = _prompts(context, shared, sampled, tokenizer, chat, held_out)
-        terms = settings.reward if prompts else None
-        rewards: list[Rater] = []
-        if terms:
-            asked = [prompt.prompt for prompt in prompts]
-            loaded = reward.load(context, shared, terms, chat, asked)
-            rewards.append(reward.RewardOfCompletions(shared, loaded))
+        rewards = _rewards(context, shared, settings, chat, prompts) if prompts else ()
         yield SampledCompletions(
             tokenizer=tokenizer,
             chat_template=chat.chat_template,
@@ -86,6 +86,25 @@ def _tokenizer_of_rows(context: StageContext) -> Any | None:
     return load_tokenizer(data / "tokenizer") if data else None
 
 
+def _rewards(
+    context: StageContext,
+    shared: SharedStage,
+    settings: EvaluateSettings,
+    chat: ChatSettings,
+    prompts: Sequence[TokenizedPrompt],
+) -> Sequence[Rater]:
+    """Return the optimized reward and the independent one, as far as the job has them."""
+    asked = [prompt.prompt for prompt in prompts]
+    raters: list[Rater] = []
+    if settings.reward:
+        loaded = reward.load(context, shared, settings.reward, chat, asked)
+        raters.append(reward.RewardOfCompletions(shared, loaded))
+    if term := settings.independent_reward:
+        independent = reward.load_independent(context, shared, term, chat, asked)
+        raters.append(reward.RewardOfCompletions(shared, independent, "independentReward"))
+    return raters
+
+
 def _judges(
     context: StageContext, shared: SharedStage, settings: EvaluateSettings
 ) -> Sequence[Rater]:
@@ -109,7 +128,7 @@ def _prompts(
     needs fields of these rows.
     """
     path = context.inputs.get("prompts")
-    has_rule = any(term.rule for term in context.settings(EvaluateSettings).reward or ())
+    has_rule = any(term.rule for term in scoring_terms(context.settings(EvaluateSettings)))
     known = held_out.prompts if held_out else []
 
     def usable(prompts: Sequence[Prompt]) -> list[TokenizedPrompt]:

@@ -9,6 +9,7 @@ from typing import Any
 from tuneyard.api.evaluation import Gate
 from tuneyard.api.plan import StageInput
 from tuneyard.api.pods import stage_folder
+from tuneyard_trainer.evaluation.evidence import Estimate
 from tuneyard_trainer.evaluation.gates import check_gates, judge_gates
 from tuneyard_trainer.evaluation.items import MAX_ITEMS, Items
 from tuneyard_trainer.reporting.results import Sample
@@ -27,20 +28,24 @@ def finish(
     answers: Sequence[Sample] = (),
     steps: int = 1,
     items: Mapping[str, Items] | None = None,
+    estimates: Mapping[str, Estimate] | None = None,
 ) -> StageOutcome:
     """Write `evaluation.json`, check the gates and return the stage's outcome.
 
     `details`: recorded beside the samples. `answers`: all answers, of which `samples` are a few;
     only the file holds them. `steps`: the number of the stage's steps. `items`: the values of each
-    item by the metric that is their mean; the gates' evidence. Raises StageError
-    GateFailed after the file is written and the verdicts are reported.
+    item by the metric that is their mean; the gates' evidence. `estimates`: that of other metrics.
+    Raises StageError GateFailed after the file is written and the verdicts are reported.
     """
-    items = items or {}
-    results = judge_gates(gates, metrics, items)
+    items, estimates = items or {}, estimates or {}
+    results = judge_gates(gates, metrics, items, estimates)
     shown = {
         "samples": [sample.to_json() for sample in samples],
         "gates": [result.model_dump(mode="json", by_alias=True) for result in results],
-        "evidence": {metric: found.summary() for metric, found in items.items()},
+        "evidence": {
+            **{metric: found.summary() for metric, found in items.items()},
+            **{name: found.summary(metrics[name]) for name, found in estimates.items()},
+        },
     }
     values = {metric: found.values() for metric, found in items.items()}
     file = context.workdir / EVALUATION

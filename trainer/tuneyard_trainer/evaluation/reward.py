@@ -12,41 +12,61 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from tuneyard.api.evaluation import prefixed
 from tuneyard.api.stage_settings import ChatSettings, RewardTerm
 from tuneyard_trainer.data.prompts import Prompt
 from tuneyard_trainer.data.sharing import SharedStage
+from tuneyard_trainer.evaluation.evidence import Estimate, correlation_interval
 from tuneyard_trainer.evaluation.items import Items
 from tuneyard_trainer.evaluation.part import Answered, Found, Loaded
 from tuneyard_trainer.evaluation.preferences import HeldOutPreferences
-from tuneyard_trainer.preference.metrics import correlation, pair_metrics
+from tuneyard_trainer.preference.metrics import pair_metrics
 from tuneyard_trainer.reinforcement import rewards
+from tuneyard_trainer.reinforcement.arithmetic import correlation
+from tuneyard_trainer.reinforcement.independent import IndependentReward
 from tuneyard_trainer.reinforcement.rewards import Attempt, Reward
 from tuneyard_trainer.worker import StageContext
 
 
 @dataclass(frozen=True)
 class RewardOfCompletions:
-    """The rater by the reward."""
+    """The rater by a reward."""
 
     shared: SharedStage
     reward: Reward
+    name: str = "reward"
+    """The metric's name: `reward` is the optimized one, or `independentReward`."""
 
     def rate(self, answered: Answered) -> Found:
-        """Return the mean reward of both models, and the reward of each completion."""
+        """Return the mean reward of both models, and the reward of each completion; of the
+        optimized one also its correlation with the length."""
         before_N = scores(self.shared, self.reward, answered.prompts, answered.before)
         tuned_N = scores(self.shared, self.reward, answered.prompts, answered.tuned)
         gains_N = tuned_N - before_N
         ids = tuple(prompt.where for prompt in answered.prompts)
-        return Found(
+        name = self.name
+        own = Found(
             {
-                "reward": float(np.mean(tuned_N)),
-                "startReward": float(np.mean(before_N)),
-                "rewardGain": float(np.mean(gains_N)),
-                "rewardGainError": float(np.std(gains_N) / np.sqrt(len(gains_N))),
-                "rewardLengthCorrelation": correlation(tuned_N, answered.lengths_N),
+                name: float(np.mean(tuned_N)),
+                prefixed("start", name): float(np.mean(before_N)),
+                f"{name}Gain": float(np.mean(gains_N)),
+                f"{name}GainError": float(np.std(gains_N) / np.sqrt(len(gains_N))),
             },
-            items={"reward": Items(ids, tuned_N, before_N, higher_is_better=True)},
+            items={name: Items(ids, tuned_N, before_N, higher_is_better=True)},
         )
+        if name != "reward":
+            return own
+        return Found.merged([own, _with_length(tuned_N, answered.lengths_N)])
+
+
+def _with_length(rewards_N: NDArray[np.float64], lengths_N: NDArray[np.float64]) -> Found:
+    """Return the correlation of reward and length; nothing if one of them is constant."""
+    found = correlation(torch.from_numpy(rewards_N), torch.from_numpy(lengths_N))
+    if found is None:
+        return Found()
+    name, interval = "rewardLengthCorrelation", correlation_interval(found, len(rewards_N))
+    evidence = {name: Estimate(interval, len(rewards_N))} if interval else {}
+    return Found({name: found}, estimates=evidence)
 
 
 @dataclass(frozen=True)
@@ -89,6 +109,18 @@ def load(
     """Load a reward. `prompts`: all prompts whose completions it scores."""
     device, check_stop = context.worker.device, shared.check_stop
     return rewards.load(terms, context.inputs, chat, prompts, device, check_stop)
+
+
+def load_independent(
+    context: StageContext,
+    shared: SharedStage,
+    term: RewardTerm,
+    chat: ChatSettings,
+    prompts: Sequence[Prompt],
+) -> IndependentReward:
+    """Load the independent reward. `prompts`: all prompts whose completions it scores."""
+    device, check_stop = context.worker.device, shared.check_stop
+    return IndependentReward.load(term, context.inputs, chat, prompts, device, check_stop)
 
 
 def scores(

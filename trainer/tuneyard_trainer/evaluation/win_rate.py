@@ -20,6 +20,7 @@ from tuneyard.api.stage_settings import WinRateSettings
 from tuneyard_trainer.data.prompts import as_text
 from tuneyard_trainer.data.sharing import SharedStage
 from tuneyard_trainer.evaluation.items import Items
+from tuneyard_trainer.evaluation.length_controlled import length_controlled
 from tuneyard_trainer.evaluation.part import Answered, Found
 from tuneyard_trainer.judging.judges import Pair, Verdict, verdict
 from tuneyard_trainer.judging.session import JudgeSession, judge_name, open_journal
@@ -55,11 +56,12 @@ class WinRate:
         found = (verdict(straight, swapped, "drop") for straight, swapped in replies)
         verdicts = dict(zip(pairs, found, strict=True))
         metrics = win_rate_metrics(list(verdicts.values()), len(completed) - len(pairs))
-        return Found(
+        own = Found(
             {**metrics, **session.tally.metrics()},
             items={"winRate": win_items(answered, verdicts)} if "winRate" in metrics else {},
             details={"judge": judge_name(self.context.stage, settings.judge)},
         )
+        return Found.merged([own, at_equal_length(answered, verdicts)])
 
 
 def make_pairs(
@@ -101,13 +103,34 @@ def win_rate_metrics(verdicts: Sequence[Verdict], identical: int) -> dict[str, f
     return metrics
 
 
-def win_items(answered: Answered, verdicts: Mapping[int, Verdict]) -> Items:
-    """Return a win as 1, a loss as 0 and a tie as 0.5, for each prompt; identical completions tie.
-    Prompts without a verdict are left out. `verdicts`: by the number of the prompt."""
-    points = {
+def points(answered: Answered, verdicts: Mapping[int, Verdict]) -> dict[int, float]:
+    """Return a win as 1, a loss as 0 and a tie as 0.5, by the number of the prompt; identical
+    completions tie. Prompts without a verdict are left out. `verdicts`: by the number of the
+    prompt."""
+    return {
         number: POINTS.get(found.outcome, 0.5)
         for number in range(len(answered.prompts))
         if (found := verdicts.get(number, TIE)).outcome != "unlabeled"
     }
-    ids = tuple(answered.prompts[number].where for number in points)
-    return Items(ids, np.array([*points.values()]), None, higher_is_better=True)
+
+
+def win_items(answered: Answered, verdicts: Mapping[int, Verdict]) -> Items:
+    """Return the points of each prompt that has a verdict."""
+    found = points(answered, verdicts)
+    ids = tuple(answered.prompts[number].where for number in found)
+    return Items(ids, np.array([*found.values()]), None, higher_is_better=True)
+
+
+def at_equal_length(answered: Answered, verdicts: Mapping[int, Verdict]) -> Found:
+    """Return the length-controlled win rate, or why it cannot be told. Lengths are in characters,
+    which the judge reads."""
+    found = points(answered, verdicts)
+    longer = [len(answered.tuned[number]) - len(answered.before[number]) for number in found]
+    result = length_controlled(np.array([*found.values()]), np.array(longer, dtype=np.float64))
+    name = "lengthControlledWinRate"
+    if isinstance(result, str):
+        return Found(details={name: result})
+    return Found(
+        {name: result.win_rate, "judgeLengthEffect": result.length_effect},
+        estimates={name: result.evidence},
+    )

@@ -361,7 +361,12 @@ def _position(running: Running, now: float) -> str:
     return f"{count(running.step)}/{count(running.total)}  {eta:>14}"
 
 
-_SHOWN_METRICS = {"reward": "reward", "heldOutReward": "held out", "kl": "KL"}
+_SHOWN_METRICS = {
+    "reward": "reward",
+    "heldOutReward": "held out",
+    "heldOutIndependentReward": "independent",
+    "kl": "KL",
+}
 """The metrics of reinforcement learning on the line of the running stage, and their labels."""
 
 

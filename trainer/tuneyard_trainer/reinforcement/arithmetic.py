@@ -8,6 +8,7 @@ means.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -113,6 +114,16 @@ def kl_k3(logprobs_BT: Tensor, reference_BT: Tensor) -> Tensor:
 
 
 # ---- rewards ------------------------------------------------------------------------------------
+
+
+def correlation(x_N: Tensor, y_N: Tensor) -> float | None:
+    """Return Pearson's correlation, computed in float64; None: one of the variables is constant, or
+    not finite."""
+    x_N, y_N = x_N.double(), y_N.double()
+    if len(x_N) < 2 or bool((x_N == x_N[0]).all()) or bool((y_N == y_N[0]).all()):
+        return None
+    found = float(torch.corrcoef(torch.stack([x_N, y_N]))[0, 1])
+    return found if math.isfinite(found) else None
 
 
 def ended(last_ids_B: Tensor, stop_ids: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from tuneyard.api.evaluation import prefixed
 from tuneyard.api.stage_settings import GrpoSettings, PpoSettings
 from tuneyard_trainer.data.prompts import TokenizedPrompt
 from tuneyard_trainer.models.base import peak_memory_bytes
@@ -310,6 +311,7 @@ class Course:
             **kept,
             "baseReward": state.base.get("reward", math.nan),
             "rewardGain": kept.get("reward", math.nan) - state.base.get("reward", math.nan),
+            **_independent_gain(state.base, kept),
             "steps": float(state.step),
             "epochs": state.step / self.order.steps_per_epoch,
             "tokens": float(state.tokens),
@@ -336,3 +338,12 @@ class Course:
             "device": self.worker.device.type,
             "workers": self.worker.world_size,
         }
+
+
+def _independent_gain(base: Mapping[str, float], kept: Mapping[str, float]) -> dict[str, float]:
+    """Return the independent reward before training, and its gain; {}: it is not measured."""
+    name = "independentReward"
+    if name not in base or name not in kept:
+        return {}
+    gain = kept[name] - base[name]
+    return {prefixed("base", name): base[name], f"{name}Gain": gain}

@@ -23,7 +23,10 @@ mean of four rewards is too noisy to compare."""
 
 SAMPLES_SHOWN = 3
 
-SHOWN_METRICS = ("reward", "kl", "completionLength", "endedShare")
+SHOWN_METRICS = (
+    *("reward", "independentReward", "rewardLengthCorrelation"),
+    *("kl", "completionLength", "endedShare"),
+)
 
 
 def held_out_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
@@ -87,6 +90,9 @@ class HeldOut:
         keys = [derive_seed(self.seed, MEASUREMENT, i) for i in range(len(prompts))]
         rollouts = self.collector.collect(prompts, keys, self.check_stop)
         metrics = rollouts.metrics()
+        independent_R = self.collector.independent_scores(prompts, rollouts)
+        if independent_R is not None:
+            metrics |= {"independentReward": float(independent_R.mean())}
         shown = {name: metrics[name] for name in SHOWN_METRICS if name in metrics}
         found = {"objective": self.method.objective(metrics), **shown}
         return found, self._samples(step, rollouts)

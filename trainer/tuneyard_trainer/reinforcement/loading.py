@@ -13,6 +13,7 @@ from tuneyard_trainer.models import policies
 from tuneyard_trainer.reinforcement import actor as actors
 from tuneyard_trainer.reinforcement import rewards
 from tuneyard_trainer.reinforcement.actor import Actor
+from tuneyard_trainer.reinforcement.independent import IndependentReward
 from tuneyard_trainer.reinforcement.method import Method
 from tuneyard_trainer.reinforcement.rollouts import Collector, ProcessGroup, untokenized
 from tuneyard_trainer.worker import StageContext, Worker
@@ -31,6 +32,13 @@ def load_collector(
     prompts = policy.prompts(settings.prompts, sampling.max_new_tokens, name)
     reward = rewards.load(
         settings.reward, context.inputs, settings.chat, untokenized(prompts), worker.device
+    )
+    independent = settings.independent_reward and IndependentReward.load(
+        settings.independent_reward,
+        context.inputs,
+        settings.chat,
+        untokenized(prompts),
+        worker.device,
     )
     training = settings.training
     shards = policies.shards(
@@ -51,7 +59,9 @@ def load_collector(
     stop = stop_tokens(actor.model, policy.tokenizer, settings.chat.chat_template)
     sampler = _sampler(actor, stop, sampling, prompts, worker)
     group = ProcessGroup(worker.rank, worker.world_size, worker.device)
-    collector = Collector(actor, sampler, reward, policy.tokenizer, stop, sampling, group)
+    collector = Collector(
+        actor, sampler, reward, policy.tokenizer, stop, sampling, group, independent
+    )
     return collector, prompts
 
 

@@ -26,6 +26,7 @@ from tuneyard_trainer.models.sharding import is_shared
 from tuneyard_trainer.reinforcement import arithmetic
 from tuneyard_trainer.reinforcement.actor import Actor, Sequences
 from tuneyard_trainer.reinforcement.arithmetic import Reduce
+from tuneyard_trainer.reinforcement.independent import IndependentReward
 from tuneyard_trainer.reinforcement.rewards import Attempt, Reward, finite, reward_failed
 from tuneyard_trainer.worker import Interrupted
 
@@ -130,10 +131,13 @@ class Rollouts:
         return float(self.gap_R.sum() / self.lengths_R.sum())
 
     def metrics(self) -> dict[str, float]:
-        """Return the metrics of an update's completions; `kl` only with a reference."""
+        """Return the metrics of an update's completions; `kl` only with a reference, and
+        `rewardLengthCorrelation` only if rewards and lengths differ."""
+        correlation = arithmetic.correlation(self.scores_R, self.lengths_R)
         return {
             "reward": float(self.scores_R.mean()),
             "rewardDeviation": float(self.scores_R.std(correction=0)),
+            **({} if correlation is None else {"rewardLengthCorrelation": correlation}),
             **({} if self.kl_R is None else {"kl": float(self.kl_R.mean())}),
             "entropy": float(self.entropy_R.sum() / self.lengths_R.sum()),
             **({"samplerLogprobGap": self.sampler_logprob_gap} if self.gap_R.any() else {}),
@@ -153,6 +157,8 @@ class Collector:
     stop: tuple[int, ...]
     sampling: Sampling
     group: ProcessGroup
+    independent: IndependentReward | None = None
+    """A reward that nothing is trained on. None: there is none."""
 
     def collect(
         self,
@@ -235,6 +241,20 @@ class Collector:
         )
         self._check_sampler(rollouts.sampler_logprob_gap)
         return rollouts
+
+    def independent_scores(
+        self, prompts: Sequence[TokenizedPrompt], rollouts: Rollouts
+    ) -> Tensor | None:
+        """Return the independent reward of each completion (R,), in float64. None: there is no such
+        reward. Raises StageError and Interrupted, on every worker."""
+        independent = self.independent
+        if independent is None:
+            return None
+        owned = [prompts[i].prompt for i in rollouts.owned]
+        attempts = list(map(Attempt, owned, rollouts.completions))
+        scores_B = self.group.run(lambda: independent(attempts))
+        scores_B1 = scores_B.to(self.actor.device, torch.float32)[:, None]
+        return self.group.gather(scores_B1, rollouts.owned, len(prompts))[:, 0].double()
 
     def _check_sampler(self, gap: float) -> None:
         """Raise StageError SamplerMismatch if the sampling engine does not run the policy being

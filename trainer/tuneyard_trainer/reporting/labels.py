@@ -20,12 +20,17 @@ ANSWER_METRICS = {
 ALIGNMENT_METRICS = {
     "Preference accuracy": "preferenceAccuracy",
     "Reward": "reward",
+    "Independent reward": "independentReward",
     "Reward model accuracy": "rewardAccuracy",
     "Win rate by the judge": "winRate",
+    "Win rate at equal length": "lengthControlledWinRate",
 }
 """Metrics of which higher is better, by label."""
+REWARDS = ("reward", "independentReward")
+"""Those that are compared with the start model's, and not with 0.5."""
 REWARD_HACKING_SIGNS = {
     "KL divergence (nats per completion)": "kl",
+    "Correlation of reward and length": "rewardLengthCorrelation",
     "Length relative to the start model": "lengthRatio",
     "Distinct word pairs": "distinct",
     "Repeated word sequences": "repetition",

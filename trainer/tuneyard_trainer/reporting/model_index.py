@@ -30,6 +30,7 @@ TYPES = {
     "preferenceAccuracy": "preference_accuracy",
     "rewardAccuracy": "reward_accuracy",
     "winRate": "win_rate",
+    "lengthControlledWinRate": "length_controlled_win_rate",
 }
 """The types of metrics, as the hub's `evaluate` names them where it has them."""
 

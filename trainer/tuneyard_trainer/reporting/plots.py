@@ -41,6 +41,7 @@ COLORS: Mapping[Theme, Mapping[str, str]] = {
         "heldOut": "#d55e00",
         "base": "#6e7781",
         "rate": "#009e73",
+        "independent": "#cc79a7",
     },
     "dark": {
         "background": "#161b22",
@@ -50,6 +51,7 @@ COLORS: Mapping[Theme, Mapping[str, str]] = {
         "heldOut": "#e69f00",
         "base": "#9da7b3",
         "rate": "#2fc79b",
+        "independent": "#e39ac4",
     },
 }
 
@@ -72,6 +74,9 @@ class Panel:
     """The base model's value on the held-out rows. None: not measured."""
     metric: str = ""
     """The name of the metric."""
+    independent: Points = ()
+    """A measurement on the held-out rows that nothing is trained on, with an axis of its own: it
+    may have another unit. Empty: there is none."""
 
 
 @dataclass(frozen=True)
@@ -91,16 +96,30 @@ class Curves:
         lines = _lines(path)
         series = partial(_series, lines)
         if kind in REINFORCEMENT_KINDS:
+            independent = series("heldOutIndependentReward")
+            held_out = series("heldOutReward")
+            length, name = series("rewardLengthCorrelation"), "heldOutRewardLengthCorrelation"
             panels: tuple[Panel, ...] = (
                 Panel(
                     "Reward",
                     "reward",
                     series("reward"),
-                    series("heldOutReward"),
+                    held_out,
                     metric="reward",
+                    independent=independent,
                 ),
                 Panel("KL (nats)", "KL", series("kl"), series("heldOutKl"), metric="kl"),
             )
+            if length:
+                panels += (
+                    Panel(
+                        "Correlation\nwith length",
+                        "correlation",
+                        length,
+                        series(name),
+                        metric="rewardLengthCorrelation",
+                    ),
+                )
         else:
             base = next((line[_BASE] for line in lines if _BASE in line), None)
             unit = " (nats per token)" if kind in (*SUPERVISED_KINDS, "distill") else ""
@@ -142,13 +161,15 @@ def draw(curves: Curves, title: str, theme: Theme = "light") -> bytes:
         layout = ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.12, hspace=0.02)
         figure = Figure(figsize=(10, 6.25), dpi=160, layout=layout)
         figure.set_facecolor(colors["background"])
-        heights = [4, *[1.5] * (len(curves.panels) - 1), 1]
+        heights = [4, *[1.5] * (len(curves.panels) - 1), 1 if len(curves.panels) < 3 else 1.4]
         rows = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
         for axes, panel in zip(rows, curves.panels, strict=False):
             _draw_panel(axes, panel, colors)
-        _draw_legend(rows[0])
+        beside = _draw_independent(rows[0], curves.panels[0].independent, colors)
+        _draw_legend(rows[0], beside)
         _draw_learning_rate(rows[-1], curves.learning_rate, colors)
-        rows[0].set_title(title, loc="left", fontsize=15, fontweight="bold", pad=12)
+        pad = 12 if beside is None else 60  # the legend is between the title and the panel
+        rows[0].set_title(title, loc="left", fontsize=15, fontweight="bold", pad=pad)
         for axes in rows:
             axes.set_facecolor(colors["background"])
             axes.grid(color=colors["grid"], linewidth=0.8)
@@ -198,9 +219,37 @@ def _draw_panel(axes: Axes, panel: Panel, colors: Mapping[str, str]) -> None:
     axes.set_ylabel(panel.label)
 
 
-def _draw_legend(axes: Axes) -> None:
-    """Draw the legend of all panels into the first one."""
-    if axes.get_legend_handles_labels()[0]:
+def _draw_independent(axes: Axes, points: Points, colors: Mapping[str, str]) -> Axes | None:
+    """Draw an independent measurement over the first panel, on an axis at the right. None: there is
+    none."""
+    if not points:
+        return None
+    beside = axes.twinx()
+    beside.plot(
+        *zip(*points, strict=True),
+        color=colors["independent"],
+        linewidth=1.8,
+        linestyle=(0, (3, 2)),
+        marker="s",
+        markersize=6,
+        label="Held-out independent reward (right axis)",
+    )
+    beside.set_ylabel("Independent reward", color=colors["independent"])
+    beside.spines[["top", "left"]].set_visible(False)
+    beside.spines["right"].set_color(colors["grid"])
+    return beside
+
+
+def _draw_legend(axes: Axes, beside: Axes | None) -> None:
+    """Draw the legend of all panels into the first one; above it, if there are curves of two axes,
+    which leave no room. `beside`: the axes over the first panel."""
+    handles, labels = axes.get_legend_handles_labels()
+    if beside is not None:
+        more = beside.get_legend_handles_labels()
+        handles, labels = [*handles, *more[0]], [*labels, *more[1]]
+        place = {"loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": 2, "borderaxespad": 0.2}
+        axes.legend(handles, labels, frameon=False, **place)
+    elif handles:
         axes.legend(frameon=False, loc="best")
     else:
         axes.text(0.5, 0.5, "No steps were logged", ha="center", transform=axes.transAxes)

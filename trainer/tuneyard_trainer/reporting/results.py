@@ -26,6 +26,7 @@ from tuneyard_trainer.reporting.labels import (
     ANSWER_METRICS,
     POINTS,
     REWARD_HACKING_SIGNS,
+    REWARDS,
 )
 
 ROW_OUTCOMES = {
@@ -191,7 +192,11 @@ class Results:
                 *_against_examples(evaluation.metrics if evaluation else {}),
             ),
             samples=tuple(Sample.of(sample) for sample in samples),
-            warnings=(*_warnings(kinds.get("prepare")), *_missed_gates(gates)),
+            warnings=(
+                *_warnings(kinds.get("prepare")),
+                *details.get("findings", ()),
+                *_missed_gates(gates),
+            ),
             gates=gates,
             classes=ClassTable.of(details) if evaluation else None,
             measured=evaluation.metrics if evaluation else {},
@@ -385,8 +390,8 @@ def _alignment_comparisons(metrics: Mapping[str, float], evidence: _Evidence) ->
     rows = []
     for label, name in ALIGNMENT_METRICS.items():
         if name in metrics:
-            is_share = name != "reward"
-            base = 0.5 if is_share else metrics.get("startReward")
+            is_share = name not in REWARDS
+            base = 0.5 if is_share else metrics.get(prefixed("start", name))
             shown = percent if is_share else number
             verdict = _verdict(metrics[name], base)
             row = Comparison(label, shown(base), shown(metrics[name]), "", verdict)
@@ -549,6 +554,7 @@ def _evaluate_headline(metrics: Mapping[str, float]) -> list[str]:
 _ALIGNED = {
     "preferenceAccuracy": "preference accuracy",
     "rewardGain": "reward gain",
+    "independentRewardGain": "independent reward gain",
     "rewardAccuracy": "reward model accuracy",
     "kl": "nats of KL per completion",
 }

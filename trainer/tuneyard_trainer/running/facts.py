@@ -14,7 +14,12 @@ from tuneyard.api.job_facts import Device, JobFacts, PromptFacts, RowFacts
 from tuneyard.api.model_config import UnknownModelError, facts_of
 from tuneyard.api.model_facts import ModelFacts
 from tuneyard.api.plan import Plan, PlannedStage, StageInput, StageRecord
-from tuneyard.api.stage_settings import ChatSettings, EvaluateSettings, PromptSettings
+from tuneyard.api.stage_settings import (
+    ChatSettings,
+    EvaluateSettings,
+    PromptSettings,
+    scoring_terms,
+)
 from tuneyard.errors import StageError
 from tuneyard_trainer.data.prepared import Rows
 from tuneyard_trainer.data.prompts import read_prompts, tokenize
@@ -157,7 +162,7 @@ def _held_out_prompts(
         longest, held_out = rows[data.stage].held_out, _held_out(stage, "data", at_hand)
         if longest is not None and held_out is not None:
             return PromptFacts(longest=longest, count=len(held_out))
-    has_rule = any(term.rule for term in settings.reward or ())
+    has_rule = any(term.rule for term in scoring_terms(settings))
     held_out = None if has_rule else _held_out(stage, "pairs", at_hand)
     if held_out:
         lengths = [int(held_out.mask(row).argmax()) for row in range(len(held_out))]

@@ -25,6 +25,7 @@ from tuneyard.api.stage_settings import (
     RewardSettings,
     RewardTerm,
     TrainSettings,
+    scoring_terms,
 )
 from tuneyard.planning.memory import host
 from tuneyard.planning.memory.activations import Computation, Loss, MicroBatch
@@ -305,7 +306,7 @@ class _Job:
             reference=ppo or settings.kl_coefficient > 0,
             added_parameters=self.facts.hidden_size + 1 if ppo else 0,
         )
-        rewards = self._reward_models(stage, settings.reward)
+        rewards = self._reward_models(stage, scoring_terms(settings))
         moments = [
             *step.moments(("reward models", rewards)),
             self._sampling(step, shape, ("reward models", rewards)),
@@ -316,7 +317,10 @@ class _Job:
             stage.name,
             tuple(moments),
             (host.checkpoint(step.trained),),
-            (*self._assumed_shape(stage, shape), *self._assumed_models(stage, settings.reward)),
+            (
+                *self._assumed_shape(stage, shape),
+                *self._assumed_models(stage, scoring_terms(settings)),
+            ),
         )
 
     def _distill(self, stage: PlannedStage, settings: DistillSettings) -> StageMemory:
@@ -485,9 +489,9 @@ class _Job:
             moments += found
             assumed += other
         if judge := self._judge(stage):
-            others = self._reward_models(stage, settings.reward or [])
+            others = self._reward_models(stage, scoring_terms(settings))
             moments.append(Moment.of("judging", ("reward models", others), ("judge", judge)))
-        assumed += self._assumed_models(stage, settings.reward or [])
+        assumed += self._assumed_models(stage, scoring_terms(settings))
         return StageMemory(stage.name, tuple(moments), (), assumed)
 
     def _held_out_rows(
@@ -526,7 +530,7 @@ class _Job:
     ) -> tuple[list[Moment], tuple[str, ...]]:
         """Return the moment at which a model samples completions, and what it assumes."""
         weights = self._weights(stage, "weights")
-        others = ("reward models", self._reward_models(stage, settings.reward or []))
+        others = ("reward models", self._reward_models(stage, scoring_terms(settings)))
         # The workers of a sharded model all complete all prompts.
         each = self.machine.devices if len(weights) > 1 else 1
         shape = self._judged_shape(stage, each, settings.max_new_tokens)
