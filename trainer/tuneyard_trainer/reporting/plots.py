@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -128,6 +128,24 @@ def draw(curves: Curves, title: str, theme: Theme = "light") -> bytes:
     """Return a PNG of 1600 x 1000 pixels, legible at half that size. The same curves give the same
     bytes."""
     colors = COLORS[theme]
+
+    def fill(rows: Sequence[Axes]) -> None:
+        for axes, panel in zip(rows, curves.panels, strict=False):
+            _draw_panel(axes, panel, colors)
+        _draw_legend(rows[0])
+        _draw_learning_rate(rows[-1], curves.learning_rate, colors)
+
+    return png([4, *[1.5] * (len(curves.panels) - 1), 1], title, colors, fill)
+
+
+def png(
+    heights: Sequence[float],
+    title: str,
+    colors: Mapping[str, str],
+    fill: Callable[[Sequence[Axes]], None],
+) -> bytes:
+    """Return a PNG of 1600 x 1000 pixels with panels below each other, of which the last shows the
+    optimizer step. `heights`: of the panels. `fill`: draws into them."""
     style: dict[Any, Any] = {
         "font.family": "DejaVu Sans",
         "font.size": 12,
@@ -142,12 +160,10 @@ def draw(curves: Curves, title: str, theme: Theme = "light") -> bytes:
         layout = ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.12, hspace=0.02)
         figure = Figure(figsize=(10, 6.25), dpi=160, layout=layout)
         figure.set_facecolor(colors["background"])
-        heights = [4, *[1.5] * (len(curves.panels) - 1), 1]
-        rows = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
-        for axes, panel in zip(rows, curves.panels, strict=False):
-            _draw_panel(axes, panel, colors)
-        _draw_legend(rows[0])
-        _draw_learning_rate(rows[-1], curves.learning_rate, colors)
+        rows = figure.subplots(len(heights), 1, sharex=True, height_ratios=[*heights])
+        fill(rows)
+        rows[-1].set_xlabel("Optimizer step")
+        rows[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
         rows[0].set_title(title, loc="left", fontsize=15, fontweight="bold", pad=12)
         for axes in rows:
             axes.set_facecolor(colors["background"])
@@ -216,10 +232,8 @@ def _draw_learning_rate(axes: Axes, points: Points, colors: Mapping[str, str]) -
         )
         axes.set_xlim(0, 1.02 * points[-1][0])
     axes.set_ylabel("Learning rate")
-    axes.set_xlabel("Optimizer step")
     axes.set_ylim(bottom=0)
     axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0), useMathText=False)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def smoothed(points: Points) -> Points:
