@@ -101,7 +101,7 @@ class Setting(Document):
 
 
 class Cost(Document):
-    """What a job takes, of all jobs."""
+    """One cost of all jobs, such as the time of the training."""
 
     name: Literal[
         "trainingSeconds",
@@ -160,9 +160,9 @@ class Comparison(Document):
     kind: Literal["Comparison"] = "Comparison"
     jobs: list[ComparedJob]
     sentences: list[str]
-    """What the comparison shows, in words."""
+    """The result in words, the most important sentence first."""
     notes: list[str] = Field(default=[])
-    """What cannot be compared, and what may mislead."""
+    """Sentences on comparisons that are not possible or may mislead."""
     metrics: list[MetricRow] = Field(default=[])
     settings: list[Setting] = Field(default=[])
     costs: list[Cost] = Field(default=[])

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import click
+from rich.text import Text
 
 from tuneyard.api.plan import Plan
 from tuneyard.cli.cluster_commands import stdout_console
@@ -19,23 +20,45 @@ from tuneyard.errors import Fault, ManifestError
 from tuneyard.manifests.explain import name_problem
 from tuneyard.planning.plan import plan_job
 
+PAGE_SUFFIXES = (".html", ".htm")
+
 
 class Place(NamedTuple):
     """The output of a job."""
 
     argument: str
-    """What the user wrote."""
+    """The argument of the user, for messages."""
     uri: str
     manifest: Mapping[str, Any] | None = None
     """The job's manifest with its defaults. None: not known here."""
 
 
+def _page(_: click.Context, __: click.Parameter, value: Path | None) -> Path | None:
+    if value is None:
+        return None
+    if value.suffix.lower() not in PAGE_SUFFIXES:
+        raise click.BadParameter(f"{value} is no page: name a file that ends in .html")
+    if not value.resolve().parent.is_dir():
+        raise click.BadParameter(f"there is no folder {value.parent}: make it, or name another")
+    return value
+
+
 @click.command()
 @click.argument("jobs", metavar="JOB...", nargs=-1, required=True)
+@click.option(
+    "-o",
+    "--output",
+    "page",
+    metavar="FILE",
+    type=click.Path(dir_okay=False, path_type=Path),
+    callback=_page,
+    help="Also write a page, FILE.html, with the answers of all jobs.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the comparison as JSON.")
 @for_cluster
 def compare(
     jobs: Sequence[str],
+    page: Path | None,
     as_json: bool,
     options: ClusterOptions,
     kinds: Sequence[Kind],
@@ -57,12 +80,21 @@ def compare(
         from tuneyard_trainer.comparison.compare import compare as compared
         from tuneyard_trainer.comparison.job_result import Named
     found = compared([Named(*place) for place in places], faults)
+    if page is not None:
+        from tuneyard_trainer.comparison.page import write
+
+        try:
+            write(found, page)
+        except OSError as error:
+            raise click.ClickException(f"{page} cannot be written: {error.strerror}") from error
     if as_json:
         click.echo(found.to_json(), nl=False)
         return
     console = stdout_console()
     for part in comparison_view(found):
         console.print(part)
+    if page is not None:
+        console.print(Text(f"\nwrote {page}"))
 
 
 def _places(

@@ -1,4 +1,4 @@
-"""What each job took: time, tokens and memory."""
+"""The cost of each job: time, tokens and memory."""
 
 from __future__ import annotations
 

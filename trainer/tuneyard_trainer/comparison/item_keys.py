@@ -21,7 +21,7 @@ _PAIR = re.compile(r"(?:pair|completion) \d+")
 
 @dataclass(frozen=True)
 class AskedItems:
-    """What the items of a job's evaluation are of."""
+    """The rows and sources that the items of a job's evaluation are from."""
 
     rows: Sequence[str]
     """Digests of the held-out rows of fine-tuning data, in their order. Empty: unknown."""
@@ -30,7 +30,7 @@ class AskedItems:
     sources: Mapping[str, str]
     """Digests of the evaluation's inputs by role, such as `prompts` and `suite.0`."""
     suites: Mapping[str, str]
-    """What the items of each suite are of, by the suite's name."""
+    """A digest of the data of each suite, by the suite's name."""
 
     def keys(self, metric: str, ids: Sequence[str]) -> tuple[str, ...] | None:
         """Return the key of each item of a metric. None: what the items are is not known."""

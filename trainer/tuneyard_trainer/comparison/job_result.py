@@ -29,7 +29,7 @@ class Named:
     """An output to compare, as the command line found it."""
 
     argument: str
-    """What the user wrote, for messages."""
+    """The argument of the user, for messages."""
     uri: str
     """Folder or URL of the output."""
     manifest: Mapping[str, Any] | None = None
@@ -48,7 +48,7 @@ class JobResult:
     """By the kind of the stage; of several stages of one kind the last one."""
     asked: AskedItems
     evidence: Mapping[str, Any]
-    """What the evaluation says of each metric: its interval and its direction."""
+    """The interval and the direction of each metric, as the evaluation found them."""
     items: Mapping[str, Any]
     """The items of each metric with their values, as `evaluation.json` has them."""
     evaluated: bool

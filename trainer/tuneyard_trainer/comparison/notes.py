@@ -1,4 +1,4 @@
-"""What cannot be compared, and what may mislead: one sentence each, with the jobs' names."""
+"""Sentences on comparisons that are not possible or may mislead, with the names of the jobs."""
 
 from __future__ import annotations
 
