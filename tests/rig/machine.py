@@ -33,6 +33,7 @@ PLUGINS_PACKAGE = "containernetworking-plugins"
 # Programs of some tests; no rig needs them.
 TOOLS = {
     "buildah": "buildah",
+    "chromium": "chromium",
     "debootstrap": "debootstrap",
     "prometheus": "prometheus",
     "promtool": "prometheus",

@@ -148,6 +148,12 @@ def promtool() -> Path:
 
 
 @pytest.fixture(scope="session")
+def chromium() -> Path:
+    """The path of Chromium, which needs no display when it is headless."""
+    return _tool("chromium")
+
+
+@pytest.fixture(scope="session")
 def prometheus() -> Path:
     """The path of the Prometheus server."""
     return _tool("prometheus")

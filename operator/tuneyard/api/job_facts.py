@@ -108,3 +108,5 @@ class FitAnswer(Report):
     """Why the job cannot fit, with the fields that would make it fit. None: it may train."""
     settings: Mapping[str, ChosenSettings] = Field(default={})
     """Settings by the names of stages, where they differ from those of the plan."""
+    planned_bytes: Mapping[str, int] = Field(default={}, exclude_if=lambda value: not value)
+    """Calculated peak of a worker's memory by the names of stages, for their records."""

@@ -38,7 +38,11 @@ def decide(plan: Plan, facts: JobFacts) -> Decision | None:
     if job is None:
         return None
     found = fitting.fit(job)
-    return Decision(_estimate(job, found), answer_of(job, found))
+    estimate, answer = _estimate(job, found), answer_of(job, found)
+    if answer.refusal is None:
+        planned = {stage.name: stage.total_bytes for stage in estimate.stages}
+        answer = answer.model_copy(update={"planned_bytes": planned})
+    return Decision(estimate, answer)
 
 
 def job_of(plan: Plan, facts: JobFacts) -> Job | None:

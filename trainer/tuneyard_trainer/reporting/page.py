@@ -13,7 +13,7 @@ import yaml
 from markupsafe import Markup
 
 from tuneyard.api.gates import VERDICT_WORDS, GateResult
-from tuneyard.api.report import Answer, Comparison, Curve, JobReport
+from tuneyard.api.report import Answer, Comparison, Curve, JobReport, Score
 from tuneyard_trainer.reporting import words
 from tuneyard_trainer.reporting.differing import differing
 from tuneyard_trainer.reporting.formatting import (
@@ -25,6 +25,7 @@ from tuneyard_trainer.reporting.formatting import (
     size,
 )
 from tuneyard_trainer.reporting.intervals import Bars
+from tuneyard_trainer.reporting.results import EXAMPLES
 from tuneyard_trainer.reporting.summary import RunSummary
 
 MOST_SHOWN = 200
@@ -64,7 +65,7 @@ def render(
         answers=shown_answers(report.answers),
         manifest=yaml.safe_dump(summary.manifest, sort_keys=False, allow_unicode=True),
         usage=usage,
-        absent=ABSENT,
+        facts_of_training=[fact for fact in summary.results.facts if fact[0] != EXAMPLES],
     )
 
 
@@ -110,8 +111,10 @@ def _environment() -> jinja2.Environment:
         verdict=_verdict,
         bars=Bars.of,
         table=_table,
+        scores=_scores,
     )
     environment.globals.update(
+        absent=ABSENT,
         shown=words.shown,
         interval=words.shown_interval,
         difference=words.shown_difference,
@@ -157,6 +160,12 @@ def _change(comparison: Comparison) -> str:
         _VERDICTS[comparison.verdict],
     )
     return ", ".join(filter(None, parts))
+
+
+def _scores(answer: Answer) -> list[tuple[str, Score]]:
+    """Return the metrics of an answer, without those that its marks of right and wrong show."""
+    shown = answer.tuned_right is not None
+    return [each for each in answer.scores.items() if not (shown and each[0] == "answerAccuracy")]
 
 
 def _table(curve: Curve) -> list[tuple[int, float | None, float | None]]:

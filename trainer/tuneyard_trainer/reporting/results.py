@@ -45,6 +45,8 @@ Z = 1.959964
 
 Verdict = Literal["better", "worse", "unclear", ""]
 UNCLEAR = "no clear difference"
+EXAMPLES = "Tuning or examples"
+"""The label of the fact whether tuning was worth it."""
 
 
 @dataclass(frozen=True)
@@ -445,7 +447,7 @@ def _against_examples(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
     tuned, prompted = metrics[name], metrics[prefixed("baseFewShot", name)]
     return [
         (
-            "Tuning or examples",
+            EXAMPLES,
             f"{verdict}: {labels[name]} {percent(tuned)} after tuning and {percent(prompted)} of "
             f"the base model with {count(examples)} example{'' if examples == 1 else 's'}, which "
             f"cost {count(tokens)} tokens in each request",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from tuneyard.api.gates import GateResult
+from tuneyard.api.gates import VERDICT_WORDS, GateResult
 from tuneyard.api.report import Comparison, Forgetting, Interval
 from tuneyard_trainer.reporting.formatting import count, number, percent
 
@@ -80,15 +80,12 @@ def _changes(comparisons: Sequence[Comparison]) -> Iterable[str]:
 
 def _change(each: Comparison) -> str:
     before, after = shown(each.base, each), shown(each.tuned, each)
-    what = "a random choice" if each.base_is_chance else ""
-    between = shown_interval(each.difference_interval, each, plus=True)
-    interval = f" (95% interval of the difference {between})" if between else ""
-    if what:
-        return f"{_name(each)} is {after}, and that of {what} {before}{interval}"
+    if each.base_is_chance:
+        return f"{_name(each)} is {after}, and a random choice has {before}"
     if before == after:
-        return f"{_name(each)} is {after}, as before{interval}"
+        return f"{_name(each)} stayed at {after}"
     verb = "rose" if (each.difference or 0) > 0 else "fell"
-    return f"{_name(each)} {verb} from {before} to {after}{interval}"
+    return f"{_name(each)} {verb} from {before} to {after}"
 
 
 def _flips(comparisons: Sequence[Comparison]) -> Iterable[str]:
@@ -117,8 +114,8 @@ def _worth(comparisons: Sequence[Comparison], examples: tuple[int, float] | None
         verdict = "Tuning was worth it" if gain > 0 else "Tuning was not worth it"
     number_of, tokens = examples
     yield (
-        f"{verdict}: {_name(each)} is {shown(each.tuned, each)} after tuning, and "
-        f"{shown(each.few_shot, each)} of the base model with {count(number_of)} "
+        f"{verdict}. {_capital(_name(each))}: {shown(each.tuned, each)} after tuning, and "
+        f"{shown(each.few_shot, each)} without it but with {count(number_of)} "
         f"example{'' if number_of == 1 else 's'} in the prompt, which cost {count(tokens)} tokens "
         "in each request."
     )
@@ -142,17 +139,18 @@ def _general(forgetting: Forgetting | None) -> Iterable[str]:
 
 
 def _gates(gates: Sequence[GateResult]) -> Iterable[str]:
-    missed = [gate for gate in gates if not gate.passed]
-    if gates and not missed:
+    """Yield how many gates are met. The warnings say more about those that are not."""
+    missed = [f"{gate.metric} ({VERDICT_WORDS[gate.verdict]})" for gate in gates if not gate.passed]
+    if missed:
+        are = "is" if len(missed) == 1 else "are"
+        yield f"{len(missed)} of {len(gates)} gates {are} not met: {', '.join(missed)}."
+    elif gates:
         yield "The gate is met." if len(gates) == 1 else f"All {len(gates)} gates are met."
-    for gate in missed:
-        tier = "gate" if gate.is_required else "advisory gate"
-        yield f"The {tier} on {gate.metric} is not met: {gate.sentence}."
 
 
 def _name(each: Comparison) -> str:
     label = each.label.partition(" (")[0]
-    if each.scope == "suite" or label.isupper() or label[1:2].isupper():
+    if each.scope == "suite" or not label[1:2].islower():
         return label
     return f"{label[0].lower()}{label[1:]}"
 

@@ -411,9 +411,16 @@ class PlanRunner:
             started_at=started,
             finished_at=now(),
             metrics=dict(outcome.metrics),
-            details=dict(outcome.details),
+            details={**outcome.details, **self._planned(stage)},
             versions=versions(),
         )
+
+    def _planned(self, stage: PlannedStage) -> dict[str, int]:
+        """Return the memory that was calculated for a stage that trains; {}: it is not known."""
+        planned = self._answer.planned_bytes.get(stage.name) if self._answer else None
+        if planned is None or stage.kind not in TRAINING_KINDS:
+            return {}
+        return {"plannedMemoryBytes": planned}
 
     def _worker(self, stage: PlannedStage, digests: Mapping[str, str]) -> Worker:
         if not self.worker.is_main:
