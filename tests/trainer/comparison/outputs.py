@@ -12,9 +12,14 @@ import numpy as np
 import yaml
 
 from tests.trainer.finished import LINES, MANIFEST, TRAIN_METRICS
+from tuneyard.api.comparison import Comparison
 from tuneyard.api.plan import StageRecord
+from tuneyard_trainer.comparison.compare import compare
+from tuneyard_trainer.comparison.job_result import Named
 from tuneyard_trainer.evaluation.items import Items
 
+HOSTILE = '</script><script>document.title = "broken"</script>\x1b[2J\u202e"\'<!--'
+LOSSES = np.random.default_rng(1).gamma(4, 0.5, 40)
 QUESTIONS = [f"Question {number}?" for number in range(1, 41)]
 
 
@@ -123,3 +128,23 @@ def _record(
     )
     text = value.model_dump_json(by_alias=True)
     (folder / "stages" / stage / "record.json").write_text(text)
+
+
+def sample(prompt: str, tuned: str) -> dict[str, object]:
+    given = {"reference": "30 months.", "expected": ["30 months"], "base": "I am a model."}
+    return {"prompt": prompt, "tuned": tuned, **given}
+
+
+def comparison(root: Path) -> Comparison:
+    """Return a comparison of two jobs with other answers, curves and settings."""
+    asked = ["How long?", "Same?", HOSTILE]
+    answers = {"low": ["30 months", "No", HOSTILE], "high": ["24 months", "No", "word " * 90]}
+    for name, change in (("low", 0.0), ("high", -0.2)):
+        write_output(
+            root / name,
+            name,
+            losses=[*(LOSSES + change)],
+            spec={"training": {"learningRate": 0.001 - change}},
+            samples=[sample(*each) for each in zip(asked, answers[name], strict=True)],
+        )
+    return compare([Named(name, str(root / name)) for name in answers])

@@ -8,40 +8,14 @@ import io
 import re
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
 
-from tests.trainer.comparison.outputs import write_output
-from tuneyard.api.comparison import ComparedAnswer, Comparison, Completion
+from tests.trainer.comparison.outputs import comparison
+from tuneyard.api.comparison import ComparedAnswer, Completion
 from tuneyard.api.report import Curve, Point
-from tuneyard_trainer.comparison.compare import compare
-from tuneyard_trainer.comparison.job_result import Named
 from tuneyard_trainer.comparison.page import render, write
 from tuneyard_trainer.reporting.job_curves import JOB_COLORS, JobCurves, draw_jobs
-
-HOSTILE = '</script><script>document.title = "broken"</script>\x1b[2J\u202e"\'<!--'
-LOSSES = np.random.default_rng(1).gamma(4, 0.5, 40)
-
-
-def sample(prompt: str, tuned: str) -> dict[str, object]:
-    given = {"reference": "30 months.", "expected": ["30 months"], "base": "I am a model."}
-    return {"prompt": prompt, "tuned": tuned, **given}
-
-
-def comparison(root: Path) -> Comparison:
-    """Return a comparison of two jobs with other answers, curves and settings."""
-    asked = ["How long?", "Same?", HOSTILE]
-    answers = {"low": ["30 months", "No", HOSTILE], "high": ["24 months", "No", "word " * 90]}
-    for name, change in (("low", 0.0), ("high", -0.2)):
-        write_output(
-            root / name,
-            name,
-            losses=[*(LOSSES + change)],
-            spec={"training": {"learningRate": 0.001 - change}},
-            samples=[sample(*each) for each in zip(asked, answers[name], strict=True)],
-        )
-    return compare([Named(name, str(root / name)) for name in answers])
 
 
 @pytest.fixture(scope="module")
