@@ -65,7 +65,7 @@ def compared(jobs: Sequence[JobResult]) -> Comparison:
         sentences=sentences(labels, rows, spent),
         notes=notes(labels, jobs, rows),
         metrics=rows,
-        settings=different([shareable(job.manifest) for job in jobs]),
+        settings=different([job.manifest for job in jobs]),
         costs=spent,
         answers=compared_answers(jobs),
         curves=[

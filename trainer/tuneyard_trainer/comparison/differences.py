@@ -71,8 +71,10 @@ def difference(first: Measured, second: Measured) -> Found:
     )
     if not paired.is_usable or paired.base_N is None:
         return _unpaired("unpaired", first, second)
-    value = paired.mean(paired.tuned_N - paired.base_N)
-    return Found("paired", value, paired.difference_interval, len(paired))
+    value, interval = paired.mean(paired.tuned_N - paired.base_N), paired.difference_interval
+    if interval is None or not all(map(math.isfinite, (value, *interval))):
+        return _unpaired("unpaired", first, second)
+    return Found("paired", value, interval, len(paired))
 
 
 def _same_weights(a: Values, own: NDArray[np.int64], b: Values, other: NDArray[np.int64]) -> bool:

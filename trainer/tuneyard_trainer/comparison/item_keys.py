@@ -89,14 +89,22 @@ def suite_sources(
 
     `details`: of each suite, by name. `sources`: digests of the evaluation's inputs by role.
     """
-    evaluate = (manifest.get("spec") or {}).get("evaluate") or {}
+    spec = manifest.get("spec")
+    evaluate = spec.get("evaluate") if isinstance(spec, dict) else None
+    suites = evaluate.get("suites") if isinstance(evaluate, dict) else None
     found = {}
-    for number, suite in enumerate(evaluate.get("suites") or ()):
+    for number, suite in enumerate(suites if isinstance(suites, list) else ()):
+        if not isinstance(suite, dict):
+            continue
         name = str(suite.get("name"))
         if f"suite.{number}" in sources:
             found[name] = sources[f"suite.{number}"]
-        elif versions := (details.get(name) or {}).get("versions"):
+        elif versions := _versions(details.get(name)):
             settings = {key: value for key, value in suite.items() if key != "name"}
             known = json.dumps([settings, versions], sort_keys=True, default=str)
             found[name] = hashlib.sha256(known.encode()).hexdigest()
     return found
+
+
+def _versions(details: Any) -> Any:
+    return details.get("versions") if isinstance(details, dict) else None

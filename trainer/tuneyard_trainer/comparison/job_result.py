@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import yaml
 from pydantic import ValidationError
 
@@ -14,11 +13,12 @@ from tuneyard.api.currency import EVALUATED, PATTERNS, RECORD, changed_after_eva
 from tuneyard.api.plan import StageRecord
 from tuneyard.api.report import REPORT, Comparison, JobReport
 from tuneyard.api.stage_settings import EVALUATION_KINDS
-from tuneyard_trainer.comparison.differences import Measured, Values
+from tuneyard_trainer.comparison.differences import Measured
 from tuneyard_trainer.comparison.files import OutputError, OutputFiles
 from tuneyard_trainer.comparison.item_keys import AskedItems, line_digests, suite_sources
+from tuneyard_trainer.comparison.measurements import Measurements, interval_of
 from tuneyard_trainer.comparison.report_of import report_of
-from tuneyard_trainer.evaluation.evidence import Interval
+from tuneyard_trainer.reporting.summary import shareable
 
 HELD_OUT = "validation.jsonl"
 _RESULT = "result"
@@ -43,14 +43,11 @@ class JobResult:
     files: OutputFiles
     report: JobReport
     manifest: Mapping[str, Any]
-    """With its defaults. {}: unknown."""
+    """With its defaults, without secrets. {}: unknown."""
     records: Mapping[str, StageRecord]
     """By the kind of the stage; of several stages of one kind the last one."""
     asked: AskedItems
-    evidence: Mapping[str, Any]
-    """The interval and the direction of each metric, as the evaluation found them."""
-    items: Mapping[str, Any]
-    """The items of each metric with their values, as `evaluation.json` has them."""
+    measurements: Measurements
     evaluated: bool
     """Whether the job has an evaluation."""
 
@@ -83,34 +80,14 @@ class JobResult:
         value = row.tuned if row else self.report.metrics.get(metric)
         if value is None:
             return None
-        found = (self.evidence.get(metric) or {}).get("interval") or (row and row.tuned_interval)
-        return Measured(value, Interval(*found) if found else None, self._values(metric))
+        interval = self.measurements.interval(metric)
+        if interval is None and row is not None:
+            interval = interval_of(row.tuned_interval)
+        return Measured(value, interval, self.measurements.values(metric))
 
     def num_items(self, metric: str) -> int | None:
         """Return the items that a metric is the mean of. None: unknown."""
-        found = (self.evidence.get(metric) or {}).get("items")
-        return found if isinstance(found, int) else None
-
-    def _values(self, metric: str) -> Values | None:
-        found = self.items.get(metric)
-        if not found:
-            return None
-        ids, tuned, weights = found.get("ids") or [], found.get("tuned"), found.get("weight")
-        values_N = _array(tuned)
-        weights_N = None if weights is None else _array(weights)
-        if values_N is None or len(values_N) != len(ids) or not len(ids):
-            return None
-        if weights is not None and (weights_N is None or len(weights_N) != len(ids)):
-            return None
-        return Values(self.asked.keys(metric, [str(name) for name in ids]), values_N, weights_N)
-
-
-def _array(values: Any) -> Any:
-    """Return numbers as an array, with NaN for null. None: these are not numbers."""
-    try:
-        return np.array([np.nan if value is None else float(value) for value in values])
-    except (TypeError, ValueError):
-        return None
+        return self.measurements.num_items(metric)
 
 
 def read_job(named: Named) -> JobResult:
@@ -131,31 +108,27 @@ def read_job(named: Named) -> JobResult:
             f"{', '.join(changed)} changed after the evaluation: run the job, which evaluates the "
             "new model"
         )
-    manifest = named.manifest or _manifest(files)
+    manifest = shareable(named.manifest) if named.manifest else _manifest(files)
     by_kind: dict[str, StageRecord] = {record.kind: record for record in records}
     evaluated = next((by_kind[kind] for kind in EVALUATION_KINDS if kind in by_kind), None)
     report = report_of(files, stored, records, manifest, evaluation)
     sources = evaluated.input_digests if evaluated else {}
-    details = (evaluated.details if evaluated else {}).get("suites") or {}
+    suites = evaluated.details.get("suites") if evaluated else None
+    asked = AskedItems(
+        rows=_held_out(files, records, "prepare", sources.get("data")),
+        preferences=_held_out(files, records, "pairs", sources.get("pairs")),
+        sources=sources,
+        suites=suite_sources(manifest, suites if isinstance(suites, dict) else {}, sources),
+    )
     return JobResult(
         files=files,
         report=report,
         manifest=manifest,
         records=by_kind,
-        asked=AskedItems(
-            rows=_held_out(files, records, "prepare", sources.get("data")),
-            preferences=_held_out(files, records, "pairs", sources.get("pairs")),
-            sources=sources,
-            suites=suite_sources(manifest, details, sources),
-        ),
-        evidence=_mapping(evaluation.get("evidence")),
-        items=_mapping(evaluation.get("items")),
+        asked=asked,
+        measurements=Measurements.of(evaluation, asked),
         evaluated=bool(found) or any(each.kind in EVALUATION_KINDS for each in report.stages),
     )
-
-
-def _mapping(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, dict) else {}
 
 
 def _records(found: Mapping[str, Any]) -> list[StageRecord]:
@@ -175,8 +148,8 @@ def _manifest(files: OutputFiles) -> Mapping[str, Any]:
     """Return the manifest that the export stage wrote. {}: it has not run."""
     text = files.read(f"{_RESULT}/job.yaml") or files.read("job.yaml")
     try:
-        value = yaml.safe_load(text) if text else {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        value = shareable(yaml.safe_load(text)) if text else {}
+    except (yaml.YAMLError, UnicodeDecodeError, AttributeError, TypeError) as error:
         raise OutputError("job.yaml is damaged and cannot be read: copy it again") from error
     return value if isinstance(value, dict) else {}
 

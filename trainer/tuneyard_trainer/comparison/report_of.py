@@ -18,7 +18,7 @@ from tuneyard_trainer.comparison.files import OutputError, OutputFiles
 from tuneyard_trainer.reporting.document import document
 from tuneyard_trainer.reporting.plots import Curves
 from tuneyard_trainer.reporting.results import Results, last_trained
-from tuneyard_trainer.reporting.summary import RunSummary, shareable
+from tuneyard_trainer.reporting.summary import RunSummary
 
 NEWER = "use the version of tuneyard that wrote it, or a newer one"
 
@@ -84,7 +84,7 @@ def _written_anew(
     trained = last_trained(kept)
     stage = folder / "stages" / (trained.stage if trained else "")
     summary = RunSummary(
-        manifest=shareable(manifest),
+        manifest=manifest,
         records=by_stage,
         results=Results.of(by_stage),
         curves=Curves.read(stage / "metrics.jsonl", trained.kind if trained else "sft"),
