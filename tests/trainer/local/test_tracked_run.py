@@ -113,7 +113,7 @@ def test_a_killed_run_whose_server_dies_too_becomes_one_whole_run(
     assert [(each.step, each.value) for each in history] == held_out
     assert "evaluate/lossReduction" in run.data.metrics
     files = {file.path for file in client.list_artifacts(run.info.run_id)}
-    assert files == {"README.md", "evaluate", "job.yaml", "loss.png", "report.html"}
+    assert files == {"README.md", "evaluate", "job.yaml", "loss.png", "report.html", "report.json"}
 
     events = EventAccumulator(str(tmp_path / "out/tensorboard/sft"), size_guidance={"scalars": 0})
     events.Reload()

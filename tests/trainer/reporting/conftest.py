@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
 
+TIMEOUT = 120_000.0
+"""Milliseconds: other tests compute at the same time."""
 DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 375, "height": 800}
 
 Open = Callable[..., Page]
@@ -20,7 +22,7 @@ def browser(chromium: Path) -> Iterator[Browser]:
     """Headless Chromium."""
     as_root = ["--no-sandbox"] if os.geteuid() == 0 else []
     with sync_playwright() as playwright:
-        found = playwright.chromium.launch(executable_path=chromium, args=as_root)
+        found = playwright.chromium.launch(executable_path=chromium, args=as_root, timeout=TIMEOUT)
         yield found
         found.close()
 
@@ -32,6 +34,7 @@ def opened(browser: Browser, file: Path) -> Iterator[Open]:
 
     def open_page(path: Path = file, **options: Any) -> Page:
         context = browser.new_context(**{"viewport": DESKTOP, **options})
+        context.set_default_timeout(TIMEOUT)
         contexts.append(context)
         page = context.new_page()
         page.on("console", lambda message: problems.append(message.text))

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.trainer.finished import MANIFEST, folders
-from tuneyard.api.report import VERSION, JobReport
-from tuneyard_trainer.reporting import report
+from tuneyard.api.report import VERSION, Comparison, JobReport
+from tuneyard_trainer.reporting import report, words
+from tuneyard_trainer.reporting.comparisons import comparisons
+from tuneyard_trainer.reporting.differing import differing
+from tuneyard_trainer.reporting.intervals import Bars
 
 FROZEN = Path(__file__).parent / "report_keys.json"
 
@@ -43,7 +47,7 @@ def keys(schema: dict[str, Any]) -> dict[str, list[str]]:
     return {name: sorted(part["properties"]) for name, part in sorted(parts.items())}
 
 
-def test_the_fields_of_the_document_stay(request: pytest.FixtureRequest) -> None:
+def test_the_fields_of_the_document_stay() -> None:
     found = keys(JobReport.model_json_schema(by_alias=True, mode="serialization"))
     expected = json.loads(FROZEN.read_text())
     assert expected["version"] == VERSION
@@ -61,3 +65,191 @@ def test_a_finished_job_gives_a_document_that_reads_back(tmp_path: Path) -> None
     assert found.answers[0].flipped == "gained"
     assert found.memory[0].measured_bytes == 1610612736
     assert [stage.seconds for stage in found.stages] == [75.0, 120.0, 75.0]
+
+
+# ---- comparisons ---------------------------------------------------------------------------------
+
+
+def compared(metrics: dict[str, float], evidence: dict[str, Any] | None = None) -> Comparison:
+    """Return the only comparison of some metrics."""
+    (found,) = comparisons(metrics, evidence or {}, per_token=True)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("tuned", "interval", "verdict", "clear"),
+    [
+        (0.9, [0.1, 0.5], "better", True),
+        (0.3, [-0.5, -0.1], "worse", True),
+        (0.9, [-0.1, 0.9], "unclear", False),
+        (0.9, [0.0, 0.9], "unclear", False),
+        (0.9, None, "better", None),
+        (0.6, [-0.1, 0.1], "equal", False),
+    ],
+)
+def test_a_verdict_needs_an_interval_without_0_where_one_is_known(
+    tuned: float, interval: list[float] | None, verdict: str, clear: bool | None
+) -> None:
+    evidence = {"exactMatch": {"differenceInterval": interval}}
+    found = compared({"exactMatch": tuned, "baseExactMatch": 0.6}, evidence)
+    assert (found.verdict, found.clear) == (verdict, clear)
+
+
+def test_of_a_loss_lower_is_better_and_its_perplexity_is_as_clear_as_the_loss() -> None:
+    metrics = {"validationLoss": 1.0, "baseValidationLoss": 1.1}
+    metrics |= {"validationPerplexity": 2.7, "baseValidationPerplexity": 3.0}
+    for interval, verdict in ([-0.2, -0.01], "better"), ([-0.2, 0.1], "unclear"):
+        evidence = {"validationLoss": {"differenceInterval": interval}}
+        found = comparisons(metrics, evidence, per_token=True)
+        assert [each.verdict for each in found] == [verdict, verdict]
+
+
+def test_a_share_of_an_alignment_is_compared_with_a_random_choice() -> None:
+    found = compared({"winRate": 0.75}, {"winRate": {"interval": [0.6, 0.9], "items": 40}})
+    assert (found.base, found.base_is_chance, found.verdict) == (0.5, True, "better")
+    assert found.difference_interval == pytest.approx((0.1, 0.4))
+    assert compared({"winRate": 0.75}, {"winRate": {"interval": [0.4, 0.9]}}).verdict == "unclear"
+
+
+def test_signs_of_reward_hacking_and_unknown_directions_have_no_verdict() -> None:
+    assert compared({"repetition": 0.9, "startRepetition": 0.1}).verdict == "none"
+    assert (
+        compared({"task/word_perplexity": 9.0, "task/baseWord_perplexity": 3.0}).verdict == "none"
+    )
+
+
+def test_numbers_that_are_not_finite_are_null() -> None:
+    metrics = {"answerAccuracy": math.nan, "baseAnswerAccuracy": 1.0}
+    found = compared(metrics, {"answerAccuracy": {"items": 3, "higherIsBetter": True}})
+    assert (found.tuned, found.base, found.difference, found.verdict) == (None, 1.0, None, "none")
+    sentences = words.summary([found], [], None, None)
+    assert sentences[0] == "Nothing got clearly better."
+    assert sentences[2] == "Not a number, so the model may have diverged: answers right."
+
+
+# ---- answers -------------------------------------------------------------------------------------
+
+
+def sample(number: int, base: str, tuned: str, *expected: str) -> dict[str, Any]:
+    where = f"row {number}"
+    return {"where": where, "prompt": "?", "base": base, "tuned": tuned, "expected": expected}
+
+
+def test_answers_flip_by_the_expected_text_and_get_worse_by_the_first_metric_that_differs(
+    tmp_path: Path,
+) -> None:
+    given = [
+        sample(1, "no", "yes", "yes"),
+        sample(2, "yes", "no", "yes"),
+        sample(3, "yes", "yes, well", "yes"),
+        sample(4, "a", "b"),
+        sample(5, "a", "b"),
+        sample(6, "a", "b"),
+    ]
+    ids = [f"row {number}" for number in range(1, 7)]
+    items = {
+        "validationLoss": {"ids": ids, "tuned": [9.0] * 6, "base": [1.0, 1, 1, 1, 1, 9]},
+        "tokenF1": {
+            "ids": ids,
+            "tuned": [1.0, 0, 0.5, 0.9, 0.2, 0.5],
+            "base": [0.0, 1, 1.0, 0.1, 0.2, None],
+        },
+        "grammar/accuracy": {"ids": ids, "tuned": [0.0] * 6, "base": [1.0] * 6},
+    }
+    metrics = {"tokenF1": 0.5, "baseTokenF1": 0.5, "grammar/accuracy": 0.0}
+    found = reported(tmp_path, evaluated(tmp_path, answers=given, items=items, metrics=metrics))
+    assert [answer.flipped for answer in found.answers[:3]] == ["gained", "lost", "none"]
+    assert [answer.worse for answer in found.answers] == [False, True, True, False, True, False]
+    assert found.answers[0].scores.keys() == {"validationLoss", "tokenF1"}
+    assert found.answers[5].scores["tokenF1"].base is None
+    assert found.answers_total == 6
+
+
+def test_without_expected_texts_an_answer_is_right_by_a_metric_of_0_and_1(tmp_path: Path) -> None:
+    items = {"jsonValid": {"ids": ["row 1"], "tuned": [1.0], "base": [0.0]}}
+    metrics = {"jsonValid": 1.0, "baseJsonValid": 0.0}
+    inputs = evaluated(tmp_path, answers=[sample(1, "x", "{}")], items=items, metrics=metrics)
+    (answer,) = reported(tmp_path, inputs).answers
+    assert (answer.base_right, answer.tuned_right, answer.flipped) == (False, True, "gained")
+
+
+def test_long_answers_are_cut_and_say_so(tmp_path: Path) -> None:
+    inputs = evaluated(tmp_path, answers=[sample(1, "x", "y" * 9000)])
+    (answer,) = reported(tmp_path, inputs).answers
+    assert (len(answer.tuned), answer.length, answer.clipped) == (8001, 9000, True)
+
+
+def test_an_evaluation_without_a_file_shows_the_samples_of_its_record(tmp_path: Path) -> None:
+    """Evaluations of earlier versions hold no answers."""
+    found = reported(tmp_path, folders(tmp_path / "stages"))
+    assert [answer.id for answer in found.answers] == [""]
+    assert found.answers_total == 1
+
+
+# ---- lineage, words -------------------------------------------------------------------
+
+
+def test_jobs_among_the_sources_are_parents(tmp_path: Path) -> None:
+    spec = MANIFEST["spec"] | {"model": {"uri": "job://before"}}
+    found = reported(tmp_path, folders(tmp_path / "stages"), MANIFEST | {"spec": spec})
+    assert [(each.role, each.uri) for each in found.lineage.parents] == [("model", "job://before")]
+    sources = {each.role: each.digest for each in found.lineage.sources}
+    assert sources == {"model": "sha256:base", "train.0": "sha256:rows"}
+
+
+def test_a_job_that_measured_nothing_says_so(tmp_path: Path) -> None:
+    inputs = folders(tmp_path / "stages", lines=[])
+    for role in ("evaluation", "tuned"):
+        (inputs[role] / "record.json").unlink()
+    found = reported(tmp_path, inputs)
+    assert found.summary == ["No rows were held out, so the result was not measured."]
+    assert found.comparisons == []
+
+
+@pytest.mark.parametrize(
+    ("gain", "error", "start"),
+    [
+        (0.25, 0.05, "Tuning was worth it."),
+        (-0.25, 0.05, "Tuning was not worth it."),
+        (0.25, 0.2, "Whether tuning was worth it is not clear."),
+    ],
+)
+def test_tuning_was_worth_it_if_it_clearly_beats_examples_in_the_prompt(
+    gain: float, error: float, start: str
+) -> None:
+    metrics = {
+        "answerAccuracy": 0.75,
+        "baseAnswerAccuracy": 0.25,
+        "baseFewShotAnswerAccuracy": 0.75 - gain,
+        "answerAccuracyFewShotGain": gain,
+        "answerAccuracyFewShotGainError": error,
+    }
+    sentences = words.summary([compared(metrics)], [], None, (4, 200.0))
+    assert sentences[2].startswith(start)
+    assert sentences[:2] == [
+        "Better: answers right rose from 25 % to 75 %.",
+        "Nothing got clearly worse.",
+    ]
+
+
+def test_words_that_differ_are_marked_unless_nearly_all_do() -> None:
+    parts = differing("It uses port 81 now.", "It uses port 80 now.")
+    assert [part.text for part in parts if part.differs] == ["81"]
+    assert "".join(part.text for part in parts) == "It uses port 81 now."
+    assert differing("One thing.", "Quite another story") == [("One thing.", False)]
+    assert differing("Same.", None) == [("Same.", False)]
+
+
+def test_bars_are_on_one_scale_and_inside_the_picture() -> None:
+    share = compared(
+        {"exactMatch": 1.0, "baseExactMatch": 0.0}, {"exactMatch": {"interval": [0.8, 1]}}
+    )
+    found = Bars.of(share)
+    assert found is not None
+    assert [(bar.model, bar.x) for bar in found.bars] == [("base", 6.0), ("tuned", 144.0)]
+    assert found.bars[1].low == pytest.approx(6 + 0.8 * 138, abs=0.1)
+    assert Bars.of(compared({"exactMatch": 1.0, "baseExactMatch": 0.0})) is None
+    equal = compared({"kl": 2.0}, {"kl": {"interval": [2.0, 2.0]}})
+    found = Bars.of(equal)
+    assert found is not None
+    assert found.bars[0].x == 75.0

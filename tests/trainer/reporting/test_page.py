@@ -150,7 +150,7 @@ def test_the_models_are_compared_with_their_intervals(opened: Open) -> None:
     ]
     assert rows.first.locator("svg circle").count() == 3
     for text in ("Loss on general data", "Safety", "Memory of a worker"):
-        assert page.get_by_role("heading", name=text).is_visible()
+        assert page.get_by_role("heading", name=text, exact=True).is_visible()
     assert page.get_by_text("2.0 GiB").is_visible()
 
 

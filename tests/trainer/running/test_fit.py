@@ -18,6 +18,7 @@ from tests.trainer.jobs import manifest, planned, write_data
 from tests.trainer.rows import Row, write_prepared
 from tuneyard.api.job_facts import ChosenSettings, Device, JobFacts, PromptFacts, RowFacts
 from tuneyard.api.plan import Plan, StageRecord, TrainRuntime
+from tuneyard.api.report import JobReport
 from tuneyard.errors import StageError
 from tuneyard_trainer import machine as machine_module
 from tuneyard_trainer.machine import memory_limit
@@ -127,6 +128,18 @@ def test_a_job_that_does_not_fit_ends_before_its_training_and_leaves_nothing_hal
     assert run.log == ["prepare", "asked"]
     assert not (run.folder / "out/stages/sft/weights").exists()
     assert not (run.folder / "out/result").exists()
+
+
+def test_the_calculated_memory_of_a_stage_that_trains_is_in_its_record_and_in_the_report(
+    start: Callable[..., Run],
+) -> None:
+    run = start({"plannedBytes": {"sft": 3 << 30, "evaluate": 1 << 30}})
+    records = run.go()
+    assert records["sft"].details["plannedMemoryBytes"] == 3 << 30
+    assert "plannedMemoryBytes" not in records["evaluate"].details
+    report = JobReport.model_validate_json((run.folder / "out/result/report.json").read_text())
+    assert [(each.stage, each.planned_bytes) for each in report.memory] == [("sft", 3 << 30)]
+    assert report.memory[0].measured_bytes == records["sft"].metrics["peakMemoryBytes"]
 
 
 def test_the_chosen_settings_run_the_stage_and_change_neither_identity_nor_other_stages(

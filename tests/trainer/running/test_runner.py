@@ -162,6 +162,7 @@ def test_the_result_holds_what_a_user_loads_and_reads(finished: Path) -> None:
         "job.yaml",
         "loss.png",
         "report.html",
+        "report.json",
         "record.json",
         "adapter/adapter_config.json",
         "adapter/adapter_model.safetensors",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -108,11 +109,15 @@ def _evaluation(folder: Path | None) -> dict[str, Any]:
 
 
 def _training_losses(summary: RunSummary) -> dict[str, float]:
-    """Return the losses that the training measured on held-out rows, for a job without an
-    evaluation of them."""
+    """Return the losses that the training measured on held-out rows, with their perplexities, for a
+    job without an evaluation of them."""
     training = last_trained(summary.records.values())
-    names = ("validationLoss", "baseValidationLoss")
-    return {name: training.metrics[name] for name in names if training and name in training.metrics}
+    found = {}
+    for name in ("validation", "baseValidation"):
+        loss = training.metrics.get(f"{name}Loss") if training else None
+        if loss is not None:
+            found |= {f"{name}Loss": loss, f"{name}Perplexity": math.exp(min(loss, 700.0))}
+    return found
 
 
 def _examples(metrics: Mapping[str, float]) -> tuple[int, float] | None:

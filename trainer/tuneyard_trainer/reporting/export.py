@@ -1,8 +1,9 @@
 """export: write the files that a user loads, read them back and compare them bit for bit.
 
 Writes `adapter/` (if an adapter was trained), `model/` (the merged or fully tuned model, or the
-reward model, which is a sequence classifier), `README.md` (the model card), `job.yaml`, `loss.png`
-and `report.html`. Models are in safetensors, with tokenizer, chat template and generation config.
+reward model, which is a sequence classifier), `README.md` (the model card), `job.yaml`, `loss.png`,
+`report.html` and `report.json`. Models are in safetensors, with tokenizer, chat template and
+generation config.
 
 No whole model is ever in memory: tensors are read, merged or cast, written and compared one at a
 time. Then transformers and PEFT load the written files without memory, which checks that no tensor

@@ -73,6 +73,9 @@ def _changes(comparisons: Sequence[Comparison]) -> Iterable[str]:
     better, worse = by_verdict["better"], by_verdict["worse"]
     yield f"Better: {_listed(map(_change, better))}." if better else "Nothing got clearly better."
     yield f"Worse: {_listed(map(_change, worse))}." if worse else "Nothing got clearly worse."
+    lost = [_name(each) for each in comparisons if each.tuned is None]
+    if lost:
+        yield f"Not a number, so the model may have diverged: {_listed(lost)}."
     same = by_verdict["unclear"] + by_verdict["equal"]
     if same:
         yield f"No clear difference: {_listed(map(_change, same))}."

@@ -38,7 +38,7 @@ LAST_TRIES = 3
 """How often it tries again meanwhile. A tracker that failed as often before gets a last try."""
 HANDOVER_SECONDS = 10.0
 """How long an attempt that was stopped waits: the next one hands over the rest."""
-REPORTS = ("README.md", "report.html", "loss.png", "job.yaml")
+REPORTS = ("README.md", "report.html", "report.json", "loss.png", "job.yaml")
 """The files of the export that trackers get: no weights."""
 
 
