@@ -11,6 +11,7 @@ from typing import Any
 import click
 from pydantic import ValidationError
 
+from tuneyard.api.currency import EVALUATED, PATTERNS, changed_after_evaluation
 from tuneyard.api.evaluation import Gate
 from tuneyard.api.gates import GateResult, overall
 from tuneyard.api.plan import Plan
@@ -19,9 +20,6 @@ from tuneyard.cli.jobs import JobView
 
 PASSED, MISSED, UNCLEAR, UNREADABLE = 0, 1, 2, 3
 """The exit codes of `tuneyard gate`. Its code 2 is no bad input, which is UNREADABLE."""
-_EVALUATED, _RECORD, _BEGUN = "/evaluation.json", "/record.json", ".begun.json"
-PATTERNS = tuple(f"stages/*{name}" for name in (_EVALUATED, _RECORD, _BEGUN))
-"""The files of an output that tell whether its evaluation is of the present model."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +80,7 @@ def of_output(uri: str) -> JobGates:
     """Return the verdicts in an output. `uri`: a folder, or a URL that fsspec reads. Raises
     ClickException if there are none, or if the model has changed since."""
     files = _remote(uri) if "://" in uri else _local(Path(uri))
-    evaluations = [value for path, value in files.items() if path.endswith(_EVALUATED)]
+    evaluations = [value for path, value in files.items() if path.endswith(EVALUATED)]
     if not evaluations:
         raise click.ClickException(
             f"{uri} has no evaluation: run the job, whose stage evaluate checks the gates"
@@ -104,21 +102,10 @@ def of_output(uri: str) -> JobGates:
 
 def _refuse_outdated(uri: str, files: Mapping[str, Any]) -> None:
     """Raise ClickException if the model or the data changed after the evaluation."""
-    named = {path.removeprefix("stages/"): value for path, value in files.items()}
-    begun = {path.removesuffix(_BEGUN) for path in named if path.endswith(_BEGUN)}
-    evaluated = {path.removesuffix(_EVALUATED) for path in named if path.endswith(_EVALUATED)}
-    records = {
-        path.removesuffix(_RECORD): value for path, value in named.items() if path.endswith(_RECORD)
-    }
-    changed = begun - evaluated - {"export"}
-    digests = {record.get("digest") for record in records.values()}
-    for name in evaluated & records.keys():
-        inputs = records[name].get("inputDigests") or {}
-        roles = inputs.keys() & {"tuned", "data"}
-        changed |= {role for role in roles if inputs[role] not in digests}
+    changed = changed_after_evaluation(files)
     if changed:
         raise click.ClickException(
-            f"{', '.join(sorted(changed))} in {uri} changed after the evaluation: run the job, "
+            f"{', '.join(changed)} in {uri} changed after the evaluation: run the job, "
             "which evaluates the new model"
         )
 

@@ -2,8 +2,8 @@
 
 Exit codes: 0: success; 1: the job failed while it ran, or generated files are out of date; 2: bad
 input; 130: interrupted. `gate` has codes of its own for its verdicts (`cli.gates`). Only `run`
-imports the trainer with torch and Ray; only `operator` and the commands for a cluster import a
-Kubernetes client.
+imports the trainer with torch and Ray, and `data` and `compare` import parts of it; only `operator`
+and the commands for a cluster import a Kubernetes client.
 """
 
 from __future__ import annotations
@@ -11,11 +11,10 @@ from __future__ import annotations
 import errno
 import json
 import platform
-import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import click
 import yaml
@@ -27,15 +26,17 @@ from tuneyard.api.job_facts import FitAnswer, JobFacts
 from tuneyard.api.model_config import UnknownModelError
 from tuneyard.api.plan import Plan, prepares_first
 from tuneyard.cli import cluster_commands, data_commands, gates
+from tuneyard.cli.compare import compare
 from tuneyard.cli.errors import needs_extra
 from tuneyard.cli.jobs import Kind
+from tuneyard.cli.manifest_files import FILE, STDIN, each_job, folder_of, read_jobs
 from tuneyard.cli.memory_view import memory_lines, print_memory
 from tuneyard.cli.model_files import model_facts
 from tuneyard.cli.options import ClusterOptions, for_cluster
 from tuneyard.cli.plan_view import print_plan
 from tuneyard.cli.views import gates_table
-from tuneyard.errors import Fault, ManifestError, PlanError, TuneyardError
-from tuneyard.manifests import crd, documents, manifest, starter
+from tuneyard.errors import Fault, ManifestError, TuneyardError
+from tuneyard.manifests import crd, starter
 from tuneyard.manifests.explain import name_problem
 from tuneyard.manifests.manifest import Job
 from tuneyard.planning import decision
@@ -46,12 +47,9 @@ from tuneyard.planning.plan import plan_job
 from tuneyard.rendering import rayjob
 from tuneyard.rendering.placement import placed
 
-Planned = TypeVar("Planned")
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
-FILE = click.Path(exists=True, dir_okay=False, allow_dash=True, path_type=Path)
-STDIN = Path("-")
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """The disk, the user's share of it, or the largest file that the user may write."""
 
@@ -98,7 +96,7 @@ def tuneyard() -> None:
     """
 
 
-for command in (starter.init, data_commands.data, *cluster_commands.COMMANDS):
+for command in (starter.init, data_commands.data, compare, *cluster_commands.COMMANDS):
     tuneyard.add_command(command)
 
 
@@ -109,7 +107,7 @@ def validate(files: Sequence[Path]) -> None:
     faults: list[Fault] = []
     for file in files:
         try:
-            given = _read(file)
+            given = read_jobs(file)
         except ManifestError as error:
             faults += error.faults
         else:
@@ -145,14 +143,14 @@ def show_plan(file: Path, as_json: bool, gpu: Gpu | None, model_config: Path | N
     memory, such as 48Gi.
     """
     console = Console(highlight=False, markup=False, emoji=False)
-    for plan in _each(_read(file), plan_job):
+    for plan in each_job(read_jobs(file), plan_job):
         if as_json:
             click.echo(plan.to_json(), nl=False)
             continue
         print_plan(console, plan)
         device = gpu or declared_gpu(plan.compute)
         if device is not None:
-            _print_memory(console, plan, device, _folder(file), model_config)
+            _print_memory(console, plan, device, folder_of(file), model_config)
         elif name := plan.compute.gpu:
             why = f"\nThe memory is not known: compute.gpu {unknown_gpu(name)}."
             console.print(Text(why, overflow="fold"))
@@ -173,11 +171,6 @@ def _print_memory(
     print_memory(console, job, fitting.fit(job))
 
 
-def _folder(file: Path) -> Path:
-    """Return the folder that a manifest's relative paths start from."""
-    return Path.cwd() if file == STDIN else file.resolve().parent
-
-
 @tuneyard.command()
 @click.argument("file", type=FILE)
 @click.option(
@@ -192,7 +185,7 @@ def render(file: Path, attempt: int) -> None:
 
     If its workers have GPUs, the Job that prepares the data comes before the RayJob.
     """
-    rendered = _each(_read(file), lambda job: _rendered(job, attempt))
+    rendered = each_job(read_jobs(file), lambda job: _rendered(job, attempt))
     objects = [item for one in rendered for item in one]
     text = yaml.dump_all(objects, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=4096)
     click.echo(text, nl=False)
@@ -206,10 +199,10 @@ def run(file: Path) -> int:
     Finished stages are not repeated: a second run of the same manifest changes nothing, and an
     interrupted run continues from its last checkpoint.
     """
-    plans = _each(_read(file), plan_job)
+    plans = each_job(read_jobs(file), plan_job)
     with needs_extra("trainer", "run jobs on this machine"):
         from tuneyard_trainer.local.run import run as run_locally
-    return run_locally(plans, _folder(file), _decide)
+    return run_locally(plans, folder_of(file), _decide)
 
 
 def _decide(plan: Plan, facts: JobFacts) -> tuple[FitAnswer, list[str]]:
@@ -262,8 +255,8 @@ def _gates(job: str, options: ClusterOptions, kinds: Sequence[Kind]) -> list[gat
     if path.is_dir():
         return [gates.of_output(job)]
     if path == STDIN or path.exists():
-        plans = _each(_read(path), plan_job)
-        return [gates.of_plan(plan, _folder(path)) for plan in plans]
+        plans = each_job(read_jobs(path), plan_job)
+        return [gates.of_plan(plan, folder_of(path)) for plan in plans]
     if "/" in job or path.suffix:
         raise click.BadParameter(f"there is no manifest and no folder {job}", param_hint="JOB")
     if problem := name_problem(job):
@@ -335,55 +328,6 @@ def _rendered(job: Job, attempt: int) -> list[rayjob.Object]:
     if not prepares_first(plan):
         return [*shared, ray_job]
     return [*shared, rayjob.render_preparation(plan, job, attempt=attempt), ray_job]
-
-
-# ---- reading ----------------------------------------------------------------------------------
-
-
-class Manifest(NamedTuple):
-    """A file with jobs."""
-
-    source: str
-    """Name of the file in messages."""
-    text: str
-    jobs: list[Job]
-
-
-def _read(file: Path) -> Manifest:
-    """Read a manifest. Raises ManifestError with every fault of every document."""
-    source = "stdin" if file == STDIN else str(file)
-    try:
-        data = sys.stdin.buffer.read() if file == STDIN else file.read_bytes()
-        text = data.decode("utf-8-sig")
-    except OSError as error:
-        message = f"cannot be read ({error.strerror}): correct the path or its permissions"
-        raise ManifestError([Fault("", message, None, source)]) from error
-    except UnicodeDecodeError as error:
-        message = f"byte {error.start} is not UTF-8: save the manifest as UTF-8 text"
-        raise ManifestError([Fault("", message, None, source)]) from error
-    return Manifest(source, text, manifest.read(text, source))
-
-
-def _each(given: Manifest, plan: Callable[[Job], Planned]) -> list[Planned]:
-    """Return the result for each job. Raises PlanError with the faults of all jobs."""
-    results: list[Planned] = []
-    faults: list[Fault] = []
-    for index, job in enumerate(given.jobs):
-        try:
-            results.append(plan(job))
-        except PlanError as error:
-            faults += [_located(fault, given, index) for fault in error.faults]
-    if faults:
-        raise PlanError(faults)
-    return results
-
-
-def _located(fault: Fault, given: Manifest, index: int) -> Fault:
-    """Return a fault of the manifest's job number `index` with its line."""
-    document = documents.load(given.text, given.source)[0][index]
-    steps = re.findall(r"\[(\d+)\]|([^.\[\]]+)", fault.path)
-    line = document.line_of(tuple(int(number) if number else name for number, name in steps))
-    return Fault(fault.path, fault.message, line, given.source)
 
 
 # ---- printing ---------------------------------------------------------------------------------

@@ -2,67 +2,22 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Page
 
+from tests.trainer.reporting.conftest import DESKTOP, PHONE, Open
 from tests.trainer.reporting.pages import ANSWERS, HOSTILE, written
 from tuneyard.api.report import Answer
 from tuneyard_trainer.reporting.page import MOST_SHOWN, shown_answers
-
-TIMEOUT = 120_000.0
-"""Milliseconds: other tests compute at the same time."""
-DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 375, "height": 800}
-
-Open = Callable[..., Page]
 
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The page of a job."""
     return written(tmp_path_factory.mktemp("job"))
-
-
-@pytest.fixture(scope="module")
-def browser(chromium: Path) -> Iterator[Browser]:
-    """Headless Chromium."""
-    as_root = ["--no-sandbox"] if os.geteuid() == 0 else []
-    with sync_playwright() as playwright:
-        found = playwright.chromium.launch(executable_path=chromium, args=as_root, timeout=TIMEOUT)
-        yield found
-        found.close()
-
-
-@pytest.fixture
-def opened(browser: Browser, file: Path) -> Iterator[Open]:
-    """Opens the page. At the end of the test no message, error or request may have occurred."""
-    contexts, problems = [], []
-
-    def open_page(path: Path = file, **options: Any) -> Page:
-        context = browser.new_context(**{"viewport": DESKTOP, **options})
-        context.set_default_timeout(TIMEOUT)
-        contexts.append(context)
-        page = context.new_page()
-        page.on("console", lambda message: problems.append(message.text))
-        page.on("pageerror", lambda error: problems.append(str(error)))
-        page.on("request", lambda request: _note(request.url, path, problems))
-        page.goto(path.as_uri())
-        return page
-
-    yield open_page
-    for context in contexts:
-        context.close()
-    assert problems == []
-
-
-def _note(url: str, path: Path, problems: list[str]) -> None:
-    if url != path.as_uri() and not url.startswith("data:"):
-        problems.append(url)
 
 
 def visible(page: Page) -> list[str]:

@@ -19,7 +19,9 @@ from tuneyard_trainer.reporting.results import Z
 
 CHANCE = 0.5
 """What a random choice gets of a share in an alignment."""
-_OF_CHANCE = frozenset(("preferenceAccuracy", "rewardAccuracy", "winRate"))
+_OF_CHANCE = frozenset(
+    ("preferenceAccuracy", "rewardAccuracy", "winRate", "lengthControlledWinRate")
+)
 _SHARES = frozenset(("answerAccuracy", *ANSWER_METRICS, *_OF_CHANCE)) - {*POINTS}
 _ALONE = "WithoutContext"
 

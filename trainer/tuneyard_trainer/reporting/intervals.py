@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from tuneyard.api.report import Comparison, Interval
@@ -13,11 +13,15 @@ ROW = 11.0
 """The height of one bar, in pixels."""
 
 
+Value = tuple[str, float, Interval | None]
+"""The class of the color, the value, and its interval if it is known."""
+
+
 class Bar(NamedTuple):
     """One model's value: the center of a point, and the ends of its interval."""
 
     model: str
-    """base, few-shot or tuned: the class of its color."""
+    """base, few-shot, tuned or job-N: the class of its color."""
     x: float
     low: float
     high: float
@@ -33,10 +37,14 @@ class Bars(NamedTuple):
     @classmethod
     def of(cls, comparison: Comparison) -> Bars | None:
         """Return the bars of a metric. None: no interval is known, so they would say nothing."""
-        values = [*_values(comparison)]
+        return cls.between([*_values(comparison)], is_share=comparison.is_share)
+
+    @classmethod
+    def between(cls, values: Sequence[Value], *, is_share: bool) -> Bars | None:
+        """Return a bar for each value, from top to bottom. None: no interval is known."""
         if not any(interval for _, _, interval in values):
             return None
-        low, high = _scale(comparison, values)
+        low, high = _scale(values, is_share=is_share)
 
         def place(value: float) -> float:
             share = (value - low) / (high - low)
@@ -55,7 +63,7 @@ class Bars(NamedTuple):
         return cls(bars, ROW * len(bars))
 
 
-def _values(comparison: Comparison) -> Iterator[tuple[str, float, Interval | None]]:
+def _values(comparison: Comparison) -> Iterator[Value]:
     models = (
         ("base", comparison.base, comparison.base_interval),
         ("few-shot", comparison.few_shot, comparison.few_shot_interval),
@@ -66,12 +74,10 @@ def _values(comparison: Comparison) -> Iterator[tuple[str, float, Interval | Non
             yield model, value, interval
 
 
-def _scale(
-    comparison: Comparison, values: list[tuple[str, float, Interval | None]]
-) -> tuple[float, float]:
+def _scale(values: Sequence[Value], *, is_share: bool) -> tuple[float, float]:
     """Return the ends of the scale: 0 and 1 for shares, else those of all values and intervals."""
     ends = [end for _, value, interval in values for end in (value, *(interval or ()))]
     low, high = min(ends), max(ends)
-    if comparison.is_share and low >= 0 and high <= 1:
+    if is_share and low >= 0 and high <= 1:
         return 0.0, 1.0
     return (low, high) if high > low else (low - 0.5, high + 0.5)

@@ -6,6 +6,7 @@ import base64
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jinja2
 import yaml
@@ -49,20 +50,15 @@ def render(
 ) -> str:
     """Return the page. `summary`: facts for people that the document has no fields for. `usage`:
     titles and programs that load the result."""
-    environment = _environment()
-    script = _source(environment, "report.js")
     suites = {suite.name: suite.kind for suite in report.suites}
     own = [each for each in report.comparisons if each.suite is None]
     of_suites = [each for each in report.comparisons if each.suite is not None]
     safety = [each for each in of_suites if suites.get(each.suite or "") == "refusals"]
-    return environment.get_template("report.html.jinja").render(
+    return rendered(
+        "report.html.jinja",
+        pictures,
         report=report,
         summary=summary,
-        style=Markup(_source(environment, "report.css")),  # noqa: S704 - our own file
-        script=Markup(script),  # noqa: S704 - our own file
-        script_digest=_digest(script),
-        curve_light=_data_uri(pictures.light),
-        curve_dark=_data_uri(pictures.dark),
         own=own,
         abilities=[each for each in of_suites if each not in safety],
         safety=safety,
@@ -70,6 +66,22 @@ def render(
         manifest=yaml.safe_dump(summary.manifest, sort_keys=False, allow_unicode=True),
         usage=usage,
         facts_of_training=[fact for fact in summary.results.facts if fact[0] != EXAMPLES],
+    )
+
+
+def rendered(template: str, pictures: Pictures, style: str = "", **values: Any) -> str:
+    """Return a page of a template, with the style, the script and its policy of all pages.
+    `style`: our own rules of this page alone."""
+    environment = _environment()
+    script = _source(environment, "report.js")
+    rules = _source(environment, "report.css") + style
+    return environment.get_template(template).render(
+        style=Markup(rules),  # noqa: S704 - our own file
+        script=Markup(script),  # noqa: S704 - our own file
+        script_digest=_digest(script),
+        curve_light=_data_uri(pictures.light),
+        curve_dark=_data_uri(pictures.dark),
+        **values,
     )
 
 

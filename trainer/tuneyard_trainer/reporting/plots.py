@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -147,6 +147,29 @@ def draw(curves: Curves, title: str, theme: Theme = "light") -> bytes:
     """Return a PNG of 1600 x 1000 pixels, legible at half that size. The same curves give the same
     bytes."""
     colors = COLORS[theme]
+
+    def fill(rows: Sequence[Axes]) -> None:
+        for axes, panel in zip(rows, curves.panels, strict=False):
+            _draw_panel(axes, panel, colors)
+        _draw_legend(rows[0], _draw_independent(rows[0], independent, colors))
+        _draw_learning_rate(rows[-1], curves.learning_rate, colors)
+
+    independent = curves.panels[0].independent
+    last = 1 if len(curves.panels) < 3 else 1.4
+    pad = 60 if independent else 12  # the legend is then between the title and the panel
+    return png([4, *[1.5] * (len(curves.panels) - 1), last], title, colors, fill, pad)
+
+
+def png(
+    heights: Sequence[float],
+    title: str,
+    colors: Mapping[str, str],
+    fill: Callable[[Sequence[Axes]], None],
+    pad: float = 12,
+) -> bytes:
+    """Return a PNG of 1600 x 1000 pixels with panels below each other, of which the last shows the
+    optimizer step. `heights`: of the panels. `fill`: draws into them. `pad`: points between the
+    title and the first panel."""
     style: dict[Any, Any] = {
         "font.family": "DejaVu Sans",
         "font.size": 12,
@@ -161,14 +184,10 @@ def draw(curves: Curves, title: str, theme: Theme = "light") -> bytes:
         layout = ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.12, hspace=0.02)
         figure = Figure(figsize=(10, 6.25), dpi=160, layout=layout)
         figure.set_facecolor(colors["background"])
-        heights = [4, *[1.5] * (len(curves.panels) - 1), 1 if len(curves.panels) < 3 else 1.4]
-        rows = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
-        for axes, panel in zip(rows, curves.panels, strict=False):
-            _draw_panel(axes, panel, colors)
-        beside = _draw_independent(rows[0], curves.panels[0].independent, colors)
-        _draw_legend(rows[0], beside)
-        _draw_learning_rate(rows[-1], curves.learning_rate, colors)
-        pad = 12 if beside is None else 60  # the legend is between the title and the panel
+        rows = figure.subplots(len(heights), 1, sharex=True, height_ratios=[*heights])
+        fill(rows)
+        rows[-1].set_xlabel("Optimizer step")
+        rows[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
         rows[0].set_title(title, loc="left", fontsize=15, fontweight="bold", pad=pad)
         for axes in rows:
             axes.set_facecolor(colors["background"])
@@ -265,10 +284,8 @@ def _draw_learning_rate(axes: Axes, points: Points, colors: Mapping[str, str]) -
         )
         axes.set_xlim(0, 1.02 * points[-1][0])
     axes.set_ylabel("Learning rate")
-    axes.set_xlabel("Optimizer step")
     axes.set_ylim(bottom=0)
     axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0), useMathText=False)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def smoothed(points: Points) -> Points:

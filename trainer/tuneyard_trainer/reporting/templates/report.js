@@ -15,6 +15,7 @@
   const rules = {
     all: () => true,
     flipped: (answer) => answer.dataset.flipped !== "none",
+    differ: (answer) => answer.dataset.differ === "true",
     worse: (answer) => answer.dataset.worse === "true",
     longest: () => true,
   };
