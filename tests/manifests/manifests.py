@@ -187,6 +187,15 @@ LORA = job(
           refusals: {uri: "hf://org/manners/rows.csv", tokenSecret: {name: hf, key: token}}
         - name: arc
           task: {name: arc_easy, fewShot: 5, chatTemplate: true}
+        - name: capitals
+          answers:
+            uri: file://capitals.jsonl
+            tokenSecret: {name: hf, key: token}
+            credentials: {name: store}
+            metrics: [exactMatch, rouge]
+            answerSchema: '{"type": "string"}'
+            answerPattern: "[A-Z]"
+            maxNewTokens: 32
       gates:
         - {metric: lossReduction, atLeast: 0.3, atMost: 1.0, tier: advisory, minItems: 30}
         - {metric: validationLoss, notWorseThanBaseBy: 0.02}
@@ -714,7 +723,13 @@ BROKEN_RULES = [
         "a-suite-of-two-kinds",
         changed(LORA, {"spec.evaluate.suites[0].task": {"name": "arc_easy"}}),
         "spec.evaluate.suites[0]",
-        "set exactly one of choices, refusals, task",
+        "set exactly one of choices, answers, refusals, task",
+    ),
+    BrokenRule(
+        "a-suite-of-answers-without-a-metric",
+        changed(LORA, {"spec.evaluate.suites[3].answers": {"uri": "file://capitals.jsonl"}}),
+        "spec.evaluate.suites[3].answers",
+        "measures nothing: set metrics, answerSchema or answerPattern",
     ),
     BrokenRule(
         "a-gate-without-a-bound",

@@ -6,6 +6,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from tuneyard.api.answer_metrics import AnswerMetric
 from tuneyard.api.meta import Model, Rule
 from tuneyard.api.sources import Judge, QuestionText
 from tuneyard.api.suites import Suite
@@ -46,22 +47,6 @@ Metric = Literal[
   `evaluate.answerPattern` (patternMatch), which docs/task-metrics.md describes.
 """
 
-MEASURED_BY: dict[str, str] = {
-    "exactMatch": "exactMatch",
-    "tokenF1": "tokenF1",
-    "rouge1": "rouge",
-    "rouge2": "rouge",
-    "rougeL": "rouge",
-    "bleu": "bleu",
-    "sentenceBleu": "bleu",
-    "chrf": "chrf",
-    "sentenceChrf": "chrf",
-    "jsonValid": "json",
-    "classAccuracy": "classification",
-    "macroF1": "classification",
-}
-"""The item of `evaluate.metrics` that measures a metric, by the metric's name."""
-
 AlignmentMetric = Literal[
     "preferenceAccuracy",
     "preferenceMargin",
@@ -95,16 +80,6 @@ AlignmentMetric = Literal[
   the start's.
 """
 
-
-AnswerMetric = Literal["exactMatch", "tokenF1", "rouge", "bleu", "chrf", "json", "classification"]
-"""The metrics of answers to held-out questions that `evaluate.metrics` can name.
-
-- exactMatch: whether an answer equals its reference, apart from case, punctuation and articles.
-- tokenF1: F1 of the words of answer and reference.
-- rouge: ROUGE-1, ROUGE-2 and ROUGE-L. bleu, chrf: BLEU and chrF, 0 to 100.
-- json: whether an answer is JSON.
-- classification: accuracy and macro F1, where the reference names the class.
-"""
 PAIRED_METRICS: tuple[str, ...] = (
     "validationLoss",
     "validationLossOfGaps",

@@ -67,6 +67,7 @@ def _run(context: StageContext, shared: SharedStage) -> StageOutcome:
         {**found.details, **({"suites": found.suites} if found.suites else {})},
         steps=STEPS,
         items=found.items,
+        answers=found.answers,
     )
 
 

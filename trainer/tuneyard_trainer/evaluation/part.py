@@ -106,6 +106,8 @@ class Found:
     """Recorded beside the samples."""
     suites: Mapping[str, Any] = field(default_factory=dict)
     """Facts of each suite by its name, such as its items. Recorded apart: names are free."""
+    answers: Mapping[str, Any] = field(default_factory=dict)
+    """What both models answered to the prompts of each suite, by its name."""
 
     @classmethod
     def merged(cls, parts: Iterable[Found]) -> Found:
@@ -117,6 +119,7 @@ class Found:
             items={name: value for each in every for name, value in each.items.items()},
             details={name: value for each in every for name, value in each.details.items()},
             suites={name: value for each in every for name, value in each.suites.items()},
+            answers={name: value for each in every for name, value in each.answers.items()},
         )
 
 

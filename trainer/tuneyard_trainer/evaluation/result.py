@@ -27,12 +27,14 @@ def finish(
     *,
     steps: int = 1,
     items: Mapping[str, Items] | None = None,
+    answers: Mapping[str, Any] | None = None,
 ) -> StageOutcome:
     """Write `evaluation.json`, check the gates and return the stage's outcome.
 
     `details`: recorded beside the samples. `steps`: the number of the stage's steps. `items`: the
-    values of each item by the metric that is their mean; the gates' evidence. Raises StageError
-    GateFailed after the file is written and the verdicts are reported.
+    values of each item by the metric that is their mean; the gates' evidence. `answers`: to the
+    prompts of suites, in the file alone. Raises StageError GateFailed after the file is written and
+    the verdicts are reported.
     """
     items = items or {}
     results = judge_gates(gates, metrics, items)
@@ -44,6 +46,7 @@ def finish(
     values = {metric: found.values() for metric, found in items.items()}
     file = context.workdir / EVALUATION
     result = {"metrics": metrics, **shown, "items": values}
+    result |= {"answers": answers} if answers else {}
     file.write_text(json.dumps(result, indent=2, ensure_ascii=False))
     context.worker.persist(file)  # before the gates: a missed one ends the stage without a record
     context.worker.report(step=steps, total_steps=steps, metrics=metrics, gates=results)
