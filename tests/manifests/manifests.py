@@ -199,7 +199,7 @@ LORA = job(
       gates:
         - {metric: lossReduction, atLeast: 0.3, atMost: 1.0, tier: advisory, minItems: 30}
         - {metric: validationLoss, notWorseThanBaseBy: 0.02}
-      metrics: [exactMatch, tokenF1, rouge, bleu, chrf, json, classification]
+      metrics: [exactMatch, tokenF1, rouge, bleu, chrf, json, classification, numeric]
       answerSchema: '{"type": "object"}'
       answerPattern: "^[0-9]+$"
       winRate:

@@ -78,7 +78,12 @@ def require_harness() -> None:
         )
 
 
-METRICS = {"rouge": "rouge_score", "bleu": "sacrebleu", "chrf": "sacrebleu"}
+METRICS = {
+    "rouge": "rouge_score",
+    "bleu": "sacrebleu",
+    "chrf": "sacrebleu",
+    "numeric": "math_verify",
+}
 """The packages of the extra `metrics` that metrics of answers need."""
 
 

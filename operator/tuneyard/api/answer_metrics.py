@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-AnswerMetric = Literal["exactMatch", "tokenF1", "rouge", "bleu", "chrf", "json", "classification"]
+AnswerMetric = Literal[
+    "exactMatch", "tokenF1", "rouge", "bleu", "chrf", "json", "classification", "numeric"
+]
 """The metrics of answers that a manifest can name (docs/task-metrics.md).
 
 - exactMatch: whether an answer equals its reference, apart from case, punctuation and articles.
@@ -12,6 +14,7 @@ AnswerMetric = Literal["exactMatch", "tokenF1", "rouge", "bleu", "chrf", "json",
 - rouge: ROUGE-1, ROUGE-2 and ROUGE-L. bleu, chrf: BLEU and chrF, 0 to 100.
 - json: whether an answer is JSON.
 - classification: accuracy and macro F1, where the reference names the class.
+- numeric: whether the final answer is equal to the reference, as a number or an expression.
 """
 
 MEASURES: dict[AnswerMetric, tuple[str, ...]] = {
@@ -22,6 +25,7 @@ MEASURES: dict[AnswerMetric, tuple[str, ...]] = {
     "chrf": ("chrf", "sentenceChrf"),
     "json": ("jsonValid",),
     "classification": ("classAccuracy", "macroF1"),
+    "numeric": ("numericMatch",),
 }
 """The metrics that each of them measures."""
 MEASURED_BY: dict[str, AnswerMetric] = {

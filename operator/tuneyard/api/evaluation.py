@@ -31,6 +31,7 @@ Metric = Literal[
     "jsonValid",
     "classAccuracy",
     "macroF1",
+    "numericMatch",
     "schemaValid",
     "patternMatch",
 ]
@@ -95,6 +96,7 @@ PAIRED_METRICS: tuple[str, ...] = (
     "schemaValid",
     "patternMatch",
     "classAccuracy",
+    "numericMatch",
     "reward",
     "repetition",
     "complete",
@@ -222,7 +224,7 @@ class Evaluate(Model):
     """Worked examples before each held-out question, with which the base model is asked too: what
     prompting gets without training. 0: it is not."""
     metrics: list[AnswerMetric] = Field(
-        default=[], max_length=7, exclude_if=lambda value: not value
+        default=[], max_length=8, exclude_if=lambda value: not value
     )
     """Metrics of the answers to held-out questions (docs/task-metrics.md)."""
     answer_schema: str | None = Field(default=None, min_length=2, max_length=65536)

@@ -30,7 +30,7 @@ class SuiteData(Model):
 class SuiteAnswers(SuiteData):
     """Prompts, the answers that they should get, and the metrics that compare both."""
 
-    metrics: list[AnswerMetric] = Field(default=[], max_length=7)
+    metrics: list[AnswerMetric] = Field(default=[], max_length=8)
     """Metrics of the answers (docs/task-metrics.md)."""
     answer_schema: str | None = Field(default=None, min_length=2, max_length=65536)
     """A JSON Schema, as JSON text, that answers should satisfy; the metric is schemaValid. None:

@@ -18,6 +18,7 @@ import regex
 from numpy.typing import NDArray
 
 from tuneyard.api.answer_metrics import AnswerMetric
+from tuneyard_trainer.evaluation import numeric
 from tuneyard_trainer.evaluation.items import Items
 from tuneyard_trainer.reinforcement.rewards import JsonSchema
 from tuneyard_trainer.reporting.answers import is_right
@@ -277,6 +278,16 @@ def _f1_of_class(name: str, wanted: Sequence[str], named: Sequence[str]) -> floa
     return 2 * both / (wanted.count(name) + named.count(name))
 
 
+# ---- numbers ------------------------------------------------------------------------------------
+
+
+def numeric_match(answers: Sequence[str], references: References) -> Scores:
+    """Return whether each final answer is equal to one of its references, as a number or an
+    expression, by math-verify, and how many could not be compared."""
+    values, counts = numeric.compared(answers, references)
+    return Scores({"numericMatch": np.array(values)}, details={"numeric": counts})
+
+
 # ---- all of them --------------------------------------------------------------------------------
 
 BY_NAME: Mapping[AnswerMetric, TaskMetric] = {
@@ -287,6 +298,7 @@ BY_NAME: Mapping[AnswerMetric, TaskMetric] = {
     "chrf": chrf,
     "json": json_valid,
     "classification": classification,
+    "numeric": numeric_match,
 }
 """The metrics by their names in `evaluate.metrics`."""
 
