@@ -187,6 +187,10 @@ LORA = job(
           refusals: {uri: "hf://org/manners/rows.csv", tokenSecret: {name: hf, key: token}}
         - name: arc
           task: {name: arc_easy, fewShot: 5, chatTemplate: true}
+        - name: mine
+          task:
+            file: {uri: "file://mine.yaml"}
+            data: {uri: "file://rows.jsonl"}
         - name: capitals
           answers:
             uri: file://capitals.jsonl
@@ -726,9 +730,21 @@ BROKEN_RULES = [
         "set exactly one of choices, answers, refusals, task",
     ),
     BrokenRule(
+        "a-task-of-the-harness-and-of-a-file",
+        changed(LORA, {"spec.evaluate.suites[3].task.name": "arc_easy"}),
+        "spec.evaluate.suites[3].task",
+        "set exactly one of name and file",
+    ),
+    BrokenRule(
+        "a-task-file-without-rows",
+        changed(LORA, {"spec.evaluate.suites[3].task.data": ABSENT}),
+        "spec.evaluate.suites[3].task",
+        "a task file has its rows in data: set both file and data, or neither",
+    ),
+    BrokenRule(
         "a-suite-of-answers-without-a-metric",
-        changed(LORA, {"spec.evaluate.suites[3].answers": {"uri": "file://capitals.jsonl"}}),
-        "spec.evaluate.suites[3].answers",
+        changed(LORA, {"spec.evaluate.suites[4].answers": {"uri": "file://capitals.jsonl"}}),
+        "spec.evaluate.suites[4].answers",
         "measures nothing: set metrics, answerSchema or answerPattern",
     ),
     BrokenRule(

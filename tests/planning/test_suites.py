@@ -19,6 +19,14 @@ from tuneyard.planning.plan import plan_job
 SENSE = {"name": "sense", "choices": {"uri": "file://sense.jsonl"}, "limit": 20}
 MANNERS = {"name": "manners", "refusals": {"uri": "s3://suites/xstest.csv"}}
 ARC = {"name": "arc", "task": {"name": "arc_easy", "fewShot": 5, "chatTemplate": True}}
+MINE: dict[str, Any] = {
+    "name": "mine",
+    "task": {
+        "file": {"uri": "file://mine.yaml"},
+        "data": {"uri": "s3://suites/rows.jsonl"},
+        "fewShot": 2,
+    },
+}
 CAPITALS: dict[str, Any] = {
     "name": "capitals",
     "answers": {
@@ -48,7 +56,7 @@ def suites(planned: Any) -> list[SuiteSettings] | None:
 
 
 def test_each_kind_of_suite_is_measured_from_its_own_input() -> None:
-    given = [SENSE, MANNERS, ARC, CAPITALS]
+    given = [SENSE, MANNERS, ARC, CAPITALS, MINE]
     planned = plan_job(job(data__validation=VALIDATION, evaluate={"suites": given}))
     assert suites(planned) == [
         SuiteSettings(name="sense", kind="choices", limit=20),
@@ -67,6 +75,7 @@ def test_each_kind_of_suite_is_measured_from_its_own_input() -> None:
                 max_new_tokens=64,
             ),
         ),
+        SuiteSettings(name="mine", kind="task", limit=None, few_shot=2),
     ]
     inputs = stage(planned, "evaluate").inputs
     found = {role: each for role, each in inputs.items() if isinstance(each, SourceInput)}
@@ -75,6 +84,8 @@ def test_each_kind_of_suite_is_measured_from_its_own_input() -> None:
         "suite.0": ("file://sense.jsonl", "spec.evaluate.suites[0].choices.uri"),
         "suite.1": ("s3://suites/xstest.csv", "spec.evaluate.suites[1].refusals.uri"),
         "suite.3": ("file://capitals.jsonl", "spec.evaluate.suites[3].answers.uri"),
+        "suite.4": ("s3://suites/rows.jsonl", "spec.evaluate.suites[4].task.data.uri"),
+        "task.4": ("file://mine.yaml", "spec.evaluate.suites[4].task.file.uri"),
     }
 
 
@@ -107,6 +118,7 @@ def test_an_alignment_measures_suites_too() -> None:
         ("sense/accuracyChange", True),
         ("manners/overRefusal", True),
         ("arc/acc_norm", True),  # the harness knows its metrics
+        ("mine/acc", True),
         ("capitals/exactMatch", True),
         ("capitals/patternMatch", True),
         ("capitals/baseBleu", True),
@@ -119,7 +131,7 @@ def test_an_alignment_measures_suites_too() -> None:
 )
 def test_a_gate_names_a_metric_of_a_suite_of_the_job(metric: str, known: bool) -> None:
     gates = [{"metric": metric, "atLeast": 0.0}]
-    found = faults({"suites": [SENSE, MANNERS, ARC, CAPITALS], "gates": gates})
+    found = faults({"suites": [SENSE, MANNERS, ARC, CAPITALS, MINE], "gates": gates})
     assert [fault.path for fault in found] == ([] if known else ["spec.evaluate.gates[0].metric"])
 
 
@@ -167,6 +179,13 @@ def test_a_pattern_of_a_suite_that_is_no_regular_expression_is_refused() -> None
     broken = {**CAPITALS, "answers": {**CAPITALS["answers"], "answerPattern": "("}}
     (fault,) = faults({"suites": [SENSE, broken]})
     assert fault.path == "spec.evaluate.suites[1].answers.answerPattern"
+
+
+def test_the_identity_of_a_task_follows_the_content_of_its_file_and_rows() -> None:
+    evaluate = stage(plan_job(job(evaluate={"suites": [MINE]})), "evaluate")
+    roles = dict.fromkeys(evaluate.inputs, "sha256:a")
+    every = [evaluate.identity(roles | {role: "sha256:b"}) for role in ("suite.0", "task.0")]
+    assert len({evaluate.identity(roles), *every}) == 3
 
 
 def test_every_field_of_a_suite_of_answers_changes_the_evaluation_alone() -> None:

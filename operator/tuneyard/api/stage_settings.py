@@ -551,7 +551,8 @@ class AnswersSettings(Model):
 
 
 class SuiteSettings(Model):
-    """The items of a suite. The input `suite.N` of suite N holds its rows; a task has none."""
+    """The items of a suite. The input `suite.N` of suite N holds its rows, and `task.N` its task
+    file; a task that lm-evaluation-harness knows has neither."""
 
     name: str
     """Prefix of its metrics."""
@@ -562,7 +563,7 @@ class SuiteSettings(Model):
     answers: AnswersSettings | None = None
     """Of kind answers: how the models answer. None: of another kind."""
     task: str | None = None
-    """Of kind task: its name in lm-evaluation-harness."""
+    """Of kind task: its name in lm-evaluation-harness. None: it has a task file."""
     few_shot: int | None = None
     """Of kind task: worked examples before each question. None: as the task says."""
     chat_template: bool = False
@@ -577,7 +578,7 @@ class EvaluateSettings(Model):
     absent, the reward model alone is measured), `start` (the weights of the model before; if it is
     absent, this is `model`), `data` (a prepare stage: its held-out rows are measured), `pairs` (a
     pairs stage), `prompts`, `judge` (of `win_rate`, if the judge is a model run by the job), and
-    the reward models that `reward` names, and `suite.N`.
+    the reward models that `reward` names, `suite.N` and `task.N`.
     """
 
     kind: Literal["evaluate"] = "evaluate"

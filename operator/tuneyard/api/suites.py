@@ -54,15 +54,36 @@ class SuiteAnswers(SuiteData):
 
 
 class HarnessTask(Model):
-    """A task of lm-evaluation-harness, with its own prompts and metrics."""
+    """A task of lm-evaluation-harness, with its own prompts and metrics: one that it knows, or one
+    of a task file."""
 
-    name: str = Field(min_length=1, max_length=128, pattern=TASK_PATTERN)
-    """Name of the task or of a group of tasks, e.g. arc_easy. Its data comes from the
-    hub."""
+    name: str | None = Field(default=None, min_length=1, max_length=128, pattern=TASK_PATTERN)
+    """Name of the task or of a group of tasks, e.g. arc_easy. Its data comes from the hub. None:
+    the task is in a file."""
+    file: SuiteData | None = None
+    """Task file (YAML) of the harness, with the keys that docs/evaluation.md lists. None: the
+    harness knows the task."""
+    data: SuiteData | None = None
+    """The rows of the task in the file. None: the harness knows the task."""
     few_shot: int | None = Field(default=None, ge=0, le=64)
     """Worked examples before each question. None: as the task says."""
     chat_template: bool = False
     """Whether questions are rendered by the model's chat template."""
+
+    rules: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            cel="has(self.name) != has(self.file)",
+            holds=lambda task: (task.name is None) != (task.file is None),
+            message="set exactly one of name and file",
+            reads=("name", "file"),
+        ),
+        Rule(
+            cel="has(self.file) == has(self.data)",
+            holds=lambda task: (task.file is None) == (task.data is None),
+            message="a task file has its rows in data: set both file and data, or neither",
+            reads=("file", "data"),
+        ),
+    )
 
 
 KINDS = ("choices", "answers", "refusals", "task")

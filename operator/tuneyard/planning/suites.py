@@ -22,12 +22,12 @@ lm-evaluation-harness has its own."""
 
 
 def suite_inputs(evaluate: Evaluate) -> dict[str, SourceInput]:
-    """Return the rows of the suites as inputs `suite.N`. A task of the harness has none."""
+    """Return the rows of the suites as inputs `suite.N`, and their task files as `task.N`. A task
+    that the harness knows has neither."""
     found = {}
     for number, suite in enumerate(evaluate.suites):
-        data, field = _data(suite)
-        if data is not None:
-            found[f"suite.{number}"] = SourceInput(
+        for role, (data, field) in _data(suite).items():
+            found[f"{role}.{number}"] = SourceInput(
                 uri=data.uri,
                 token_secret=data.token_secret,
                 credentials=data.credentials,
@@ -72,13 +72,15 @@ def _settings(suite: Suite) -> SuiteSettings:
     )
 
 
-def _data(suite: Suite) -> tuple[SuiteData | None, str]:
-    """Return the rows of a suite, and their field. None: it is a task, which has its own."""
-    if suite.task is not None:
-        return None, "task"
-    kind = given(suite)[0]
-    data: SuiteData = getattr(suite, kind)
-    return data, kind
+def _data(suite: Suite) -> dict[str, tuple[SuiteData, str]]:
+    """Return the rows of a suite, and its task file, with their fields, by role."""
+    task = suite.task
+    if task is None:
+        kind = given(suite)[0]
+        return {"suite": (getattr(suite, kind), kind)}
+    if task.file is None or task.data is None:
+        return {}
+    return {"suite": (task.data, "task.data"), "task": (task.file, "task.file")}
 
 
 def suite_faults(suites: Sequence[Suite]) -> Iterator[Fault]:

@@ -20,6 +20,7 @@ from tuneyard_trainer.data.sharing import InStep
 from tuneyard_trainer.evaluation.items import Items
 from tuneyard_trainer.evaluation.part import Found, Loaded, Part
 from tuneyard_trainer.evaluation.suites import answers, choices, harness, refusals
+from tuneyard_trainer.evaluation.suites.local_task import local_task
 from tuneyard_trainer.evaluation.suites.rows import prompt_texts, read_items
 from tuneyard_trainer.evaluation.task_metrics import Compared, TaskMetric, task_metrics
 from tuneyard_trainer.models.files import config_of, context_length
@@ -46,9 +47,7 @@ def suites(
     for number, suite in enumerate(settings):
         field = f"spec.evaluate.suites[{number}]"
         if suite.kind == "task":
-            name, few_shot = suite.task or "", suite.few_shot
-            task = harness.Task(name, suite.limit, few_shot, suite.chat_template, field)
-            yield TaskSuite(suite.name, task, tokenizer)
+            yield TaskSuite(suite.name, _task(context, number, suite, field), tokenizer)
             continue
         path, field = context.inputs[f"suite.{number}"], f"{field}.{suite.kind}.uri"
         if suite.kind == "choices":
@@ -59,6 +58,23 @@ def suites(
         else:
             requests = read_items(path, refusals.parse, suite.limit, field, refusals.EXPECTED)
             yield RefusalSuite(suite.name, requests, tokenizer, chat)
+
+
+def _task(context: StageContext, number: int, suite: SuiteSettings, field: str) -> harness.Task:
+    """Return a task of the harness, or one of a file and rows of the manifest. `field`: the
+    suite's field. Raises StageError for a file or rows that cannot be used."""
+    make = None
+    if suite.task is None:
+        file, rows = context.inputs[f"task.{number}"], context.inputs[f"suite.{number}"]
+        make = local_task(suite.name, file, rows, f"{field}.task")
+    return harness.Task(
+        name=suite.task or suite.name,
+        limit=suite.limit,
+        few_shot=suite.few_shot,
+        chat_template=suite.chat_template,
+        field=field,
+        make=make,
+    )
 
 
 def _metrics(
