@@ -266,7 +266,7 @@ ESCAPES = [
 def test_a_template_runs_no_code_and_ends_within_its_limits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, template: str
 ) -> None:
-    monkeypatch.setattr(local_task, "ROW_SECONDS", 1.0)
+    monkeypatch.setattr(local_task, "ROW_SECONDS", 0.5)
     marker = tmp_path / "ran"
     task = {**GENERATED, "doc_to_text": template.replace("MARK", str(marker))}
     rows = [{**ROWS[0], "question": "a" * 40 + "b"}]
