@@ -187,10 +187,23 @@ LORA = job(
           refusals: {uri: "hf://org/manners/rows.csv", tokenSecret: {name: hf, key: token}}
         - name: arc
           task: {name: arc_easy, fewShot: 5, chatTemplate: true}
+        - name: mine
+          task:
+            file: {uri: "file://mine.yaml"}
+            data: {uri: "file://rows.jsonl"}
+        - name: capitals
+          answers:
+            uri: file://capitals.jsonl
+            tokenSecret: {name: hf, key: token}
+            credentials: {name: store}
+            metrics: [exactMatch, rouge]
+            answerSchema: '{"type": "string"}'
+            answerPattern: "[A-Z]"
+            maxNewTokens: 32
       gates:
         - {metric: lossReduction, atLeast: 0.3, atMost: 1.0, tier: advisory, minItems: 30}
         - {metric: validationLoss, notWorseThanBaseBy: 0.02}
-      metrics: [exactMatch, tokenF1, rouge, bleu, chrf, json, classification]
+      metrics: [exactMatch, tokenF1, rouge, bleu, chrf, json, classification, numeric]
       answerSchema: '{"type": "object"}'
       answerPattern: "^[0-9]+$"
       winRate:
@@ -731,7 +744,25 @@ BROKEN_RULES = [
         "a-suite-of-two-kinds",
         changed(LORA, {"spec.evaluate.suites[0].task": {"name": "arc_easy"}}),
         "spec.evaluate.suites[0]",
-        "set exactly one of choices, refusals, task",
+        "set exactly one of choices, answers, refusals, task",
+    ),
+    BrokenRule(
+        "a-task-of-the-harness-and-of-a-file",
+        changed(LORA, {"spec.evaluate.suites[3].task.name": "arc_easy"}),
+        "spec.evaluate.suites[3].task",
+        "set exactly one of name and file",
+    ),
+    BrokenRule(
+        "a-task-file-without-rows",
+        changed(LORA, {"spec.evaluate.suites[3].task.data": ABSENT}),
+        "spec.evaluate.suites[3].task",
+        "a task file has its rows in data: set both file and data, or neither",
+    ),
+    BrokenRule(
+        "a-suite-of-answers-without-a-metric",
+        changed(LORA, {"spec.evaluate.suites[4].answers": {"uri": "file://capitals.jsonl"}}),
+        "spec.evaluate.suites[4].answers",
+        "measures nothing: set metrics, answerSchema or answerPattern",
     ),
     BrokenRule(
         "a-gate-without-a-bound",

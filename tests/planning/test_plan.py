@@ -257,6 +257,7 @@ def test_a_gate_on_a_metric_of_answers_needs_the_field_that_asks_for_it() -> Non
     asked = {
         "rougeL": ({"metrics": ["rouge"]}, "add rouge to evaluate.metrics"),
         "macroF1": ({"metrics": ["classification"]}, "add classification to evaluate.metrics"),
+        "numericMatch": ({"metrics": ["numeric"]}, "add numeric to evaluate.metrics"),
         "schemaValid": ({"answerSchema": "{}"}, "set evaluate.answerSchema"),
         "patternMatch": ({"answerPattern": "x"}, "set evaluate.answerPattern"),
     }

@@ -28,10 +28,14 @@ def require(stages: Iterable[PlannedStage]) -> None:
             require_cleaning("ftfy")
         if clean and clean.languages:
             require_cleaning("py3langid")
-        if any(suite.kind == "task" for suite in getattr(stage.settings, "suites", None) or ()):
+        suites = getattr(stage.settings, "suites", None) or ()
+        if any(suite.kind == "task" for suite in suites):
             require_harness()
         for metric in getattr(stage.settings, "metrics", None) or ():
-            require_metric(metric)
+            require_metric(metric, "evaluate.metrics")
+        for number, suite in enumerate(suites):
+            for metric in suite.answers.metrics if suite.answers else ():
+                require_metric(metric, f"evaluate.suites[{number}].answers.metrics")
         sampling = getattr(stage.settings, "sampling", None)
         if sampling and sampling.engine == "vllm":
             require_vllm()
@@ -74,20 +78,25 @@ def require_harness() -> None:
         )
 
 
-METRICS = {"rouge": "rouge_score", "bleu": "sacrebleu", "chrf": "sacrebleu"}
-"""The packages of the extra `metrics` that items of `evaluate.metrics` need."""
+METRICS = {
+    "rouge": "rouge_score",
+    "bleu": "sacrebleu",
+    "chrf": "sacrebleu",
+    "numeric": "math_verify",
+}
+"""The packages of the extra `metrics` that metrics of answers need."""
 
 
-def require_metric(name: str) -> None:
-    """Raise StageError MissingExtra unless the package is installed that a metric of answers
-    needs."""
+def require_metric(name: str, field: str) -> None:
+    """Raise StageError MissingExtra unless the package is installed that a metric of answers needs.
+    `field`: the list in the manifest that names it."""
     package = METRICS.get(name)
     if package is not None and importlib.util.find_spec(package) is None:
         raise StageError(
             "MissingExtra",
             f"the metric {name} needs {package.replace('_', '-')}, which is not installed.",
             advice='Install it with `pip install "tuneyard[metrics]"`, or remove '
-            f"{name} from evaluate.metrics.",
+            f"{name} from {field}.",
         )
 
 

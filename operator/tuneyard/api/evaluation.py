@@ -6,6 +6,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from tuneyard.api.answer_metrics import AnswerMetric
 from tuneyard.api.meta import Model, Rule
 from tuneyard.api.sources import Judge, QuestionText
 from tuneyard.api.suites import Suite
@@ -31,6 +32,7 @@ Metric = Literal[
     "jsonValid",
     "classAccuracy",
     "macroF1",
+    "numericMatch",
     "schemaValid",
     "patternMatch",
 ]
@@ -47,22 +49,6 @@ Metric = Literal[
 - The others are those of `evaluate.metrics`, `evaluate.answerSchema` (schemaValid) and
   `evaluate.answerPattern` (patternMatch), which docs/task-metrics.md describes.
 """
-
-MEASURED_BY: dict[str, str] = {
-    "exactMatch": "exactMatch",
-    "tokenF1": "tokenF1",
-    "rouge1": "rouge",
-    "rouge2": "rouge",
-    "rougeL": "rouge",
-    "bleu": "bleu",
-    "sentenceBleu": "bleu",
-    "chrf": "chrf",
-    "sentenceChrf": "chrf",
-    "jsonValid": "json",
-    "classAccuracy": "classification",
-    "macroF1": "classification",
-}
-"""The item of `evaluate.metrics` that measures a metric, by the metric's name."""
 
 AlignmentMetric = Literal[
     "preferenceAccuracy",
@@ -106,16 +92,6 @@ AlignmentMetric = Literal[
   models were equally long.
 """
 
-
-AnswerMetric = Literal["exactMatch", "tokenF1", "rouge", "bleu", "chrf", "json", "classification"]
-"""The metrics of answers to held-out questions that `evaluate.metrics` can name.
-
-- exactMatch: whether an answer equals its reference, apart from case, punctuation and articles.
-- tokenF1: F1 of the words of answer and reference.
-- rouge: ROUGE-1, ROUGE-2 and ROUGE-L. bleu, chrf: BLEU and chrF, 0 to 100.
-- json: whether an answer is JSON.
-- classification: accuracy and macro F1, where the reference names the class.
-"""
 PAIRED_METRICS: tuple[str, ...] = (
     "validationLoss",
     "validationLossOfGaps",
@@ -131,6 +107,7 @@ PAIRED_METRICS: tuple[str, ...] = (
     "schemaValid",
     "patternMatch",
     "classAccuracy",
+    "numericMatch",
     "reward",
     "independentReward",
     "repetition",
@@ -259,7 +236,7 @@ class Evaluate(Model):
     """Worked examples before each held-out question, with which the base model is asked too: what
     prompting gets without training. 0: it is not."""
     metrics: list[AnswerMetric] = Field(
-        default=[], max_length=7, exclude_if=lambda value: not value
+        default=[], max_length=8, exclude_if=lambda value: not value
     )
     """Metrics of the answers to held-out questions (docs/task-metrics.md)."""
     answer_schema: str | None = Field(default=None, min_length=2, max_length=65536)

@@ -12,8 +12,9 @@ from pydantic import Field
 
 from tuneyard.api.adapters import Adapter
 from tuneyard.api.alignment import RuleReward, Sampling, StopConditions
+from tuneyard.api.answer_metrics import AnswerMetric
 from tuneyard.api.cleaning import Clean
-from tuneyard.api.evaluation import AnswerMetric, Gate
+from tuneyard.api.evaluation import Gate
 from tuneyard.api.meta import Model
 from tuneyard.api.preserving import GuardLimits, PreserveTerms
 from tuneyard.api.sources import DataFormat, DocumentFields, FieldMap, FillInTheMiddle
@@ -544,17 +545,33 @@ class PreferencesSettings(Model):
     """Scale of the implicit rewards (Rafailov et al. 2023, section 4)."""
 
 
+class AnswersSettings(Model):
+    """How the models answer the prompts of a suite, and how the answers are measured."""
+
+    metrics: list[AnswerMetric]
+    """Metrics of the answers."""
+    answer_schema: str | None
+    """JSON Schema of answers, as JSON text. None: answers need satisfy none."""
+    answer_pattern: str | None
+    """Regular expression that is searched in answers. None: none is."""
+    max_new_tokens: int
+    """Longest answer, in tokens."""
+
+
 class SuiteSettings(Model):
-    """The items of a suite. The input `suite.N` of suite N holds its rows; a task has none."""
+    """The items of a suite. The input `suite.N` of suite N holds its rows, and `task.N` its task
+    file; a task that lm-evaluation-harness knows has neither."""
 
     name: str
     """Prefix of its metrics."""
-    kind: Literal["choices", "refusals", "task"]
+    kind: Literal["choices", "answers", "refusals", "task"]
     """How the models are measured on the items."""
     limit: int | None
     """Number of items, from the start. None: all."""
+    answers: AnswersSettings | None = None
+    """Of kind answers: how the models answer. None: of another kind."""
     task: str | None = None
-    """Of kind task: its name in lm-evaluation-harness."""
+    """Of kind task: its name in lm-evaluation-harness. None: it has a task file."""
     few_shot: int | None = None
     """Of kind task: worked examples before each question. None: as the task says."""
     chat_template: bool = False
@@ -569,7 +586,7 @@ class EvaluateSettings(Model):
     absent, the reward model alone is measured), `start` (the weights of the model before; if it is
     absent, this is `model`), `data` (a prepare stage: its held-out rows are measured), `pairs` (a
     pairs stage), `prompts`, `judge` (of `win_rate`, if the judge is a model run by the job), and
-    the reward models that `reward` names, and `suite.N`.
+    the reward models that `reward` names, `suite.N` and `task.N`.
     """
 
     kind: Literal["evaluate"] = "evaluate"

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Iterator, Sequence
 from typing import Literal, get_args
 
 from tuneyard.api.adapters import Adapter
 from tuneyard.api.alignment import Dpo, GroupRelative, RewardModel, WeightedReward
 from tuneyard.api.alignmentjob import AlignmentSpec
+from tuneyard.api.answer_metrics import MEASURED_BY, OF_ALL_ANSWERS
 from tuneyard.api.compute import MIN_SHARDS, Compute
 from tuneyard.api.evaluation import (
-    MEASURED_BY,
     PAIRED_METRICS,
     AlignmentMetric,
     Evaluate,
@@ -27,7 +26,12 @@ from tuneyard.planning import defaults
 from tuneyard.planning.augmentation import augmentation_faults, runs_a_model
 from tuneyard.planning.defenses import best_by_faults, defense_faults
 from tuneyard.planning.drafts import Sharding
-from tuneyard.planning.suites import is_paired, suite_faults, unknown_suite_metric
+from tuneyard.planning.suites import (
+    is_paired,
+    pattern_faults,
+    suite_faults,
+    unknown_suite_metric,
+)
 from tuneyard.planning.trl_arguments import (
     DISTILL_CONFIG,
     DPO_CONFIG,
@@ -75,7 +79,7 @@ NEEDS_WHOLE_MODEL = (
 WIN_RATES = ("winRate", "lengthControlledWinRate")
 """The metrics that a judge of `evaluate.winRate` measures."""
 
-WITHOUT_ITEMS = ("lengthRatio", "distinctRatio")
+WITHOUT_ITEMS = ("lengthRatio", "distinctRatio", *sorted(OF_ALL_ANSWERS))
 """Metrics of all completions together."""
 
 WITH_VIRTUAL_TOKENS = ("prompt", "prefix")
@@ -685,7 +689,7 @@ def _evidence_faults(
 ) -> Iterator[Fault]:
     """Yield the faults of a gate whose evidence is never measured. `known`: the metrics of the job;
     `with_base`: whether the base model is measured too."""
-    if gate.min_items is not None and gate.metric in WITHOUT_ITEMS:
+    if gate.min_items is not None and gate.metric.rpartition("/")[2] in WITHOUT_ITEMS:
         yield Fault(
             f"{path}.minItems",
             f"{gate.metric} is measured on all completions together, not on items: remove minItems",
@@ -776,11 +780,7 @@ def _answer_faults(spec: FineTuneSpec) -> Iterator[Fault]:
             "asks the base model with examples: set evaluate.compareWithBase: true, or remove "
             "fewShot",
         )
-    if spec.evaluate.answer_pattern is not None:
-        try:
-            re.compile(spec.evaluate.answer_pattern)
-        except re.error as error:
-            yield Fault("spec.evaluate.answerPattern", f"is no regular expression: {error}")
+    yield from pattern_faults(spec.evaluate.answer_pattern, "spec.evaluate.answerPattern")
 
 
 def _answer_fields(evaluate: Evaluate) -> list[str]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 
+from tuneyard.api.answer_metrics import MEASURED_BY, MEASURES, OF_ALL_ANSWERS
 from tuneyard.api.evaluation import Evaluate, prefixed
 from tuneyard.api.plan import SourceInput
-from tuneyard.api.stage_settings import SuiteSettings
-from tuneyard.api.suites import Suite, SuiteData, given
+from tuneyard.api.stage_settings import AnswersSettings, SuiteSettings
+from tuneyard.api.suites import Suite, SuiteAnswers, SuiteData, given
 from tuneyard.errors import Fault
 
 PATH = "spec.evaluate.suites"
@@ -15,16 +17,17 @@ METRICS = {
     "choices": ("accuracy", "accuracyPerCharacter", "probability"),
     "refusals": ("overRefusal", "unsafeCompliance"),
 }
-"""The metrics of a suite by its kind. A task of lm-evaluation-harness has its own."""
+"""The metrics of a suite by its kind. A suite of answers names them, and a task of
+lm-evaluation-harness has its own."""
 
 
 def suite_inputs(evaluate: Evaluate) -> dict[str, SourceInput]:
-    """Return the rows of the suites as inputs `suite.N`. A task of the harness has none."""
+    """Return the rows of the suites as inputs `suite.N`, and their task files as `task.N`. A task
+    that the harness knows has neither."""
     found = {}
     for number, suite in enumerate(evaluate.suites):
-        data, field = _data(suite)
-        if data is not None:
-            found[f"suite.{number}"] = SourceInput(
+        for role, (data, field) in _data(suite).items():
+            found[f"{role}.{number}"] = SourceInput(
                 uri=data.uri,
                 token_secret=data.token_secret,
                 credentials=data.credentials,
@@ -49,6 +52,19 @@ def _settings(suite: Suite) -> SuiteSettings:
             few_shot=task.few_shot,
             chat_template=task.chat_template,
         )
+    answers = suite.answers
+    if answers is not None:
+        return SuiteSettings(
+            name=suite.name,
+            kind="answers",
+            limit=suite.limit,
+            answers=AnswersSettings(
+                metrics=answers.metrics,
+                answer_schema=answers.answer_schema,
+                answer_pattern=answers.answer_pattern,
+                max_new_tokens=answers.max_new_tokens,
+            ),
+        )
     return SuiteSettings(
         name=suite.name,
         kind="choices" if suite.choices is not None else "refusals",
@@ -56,17 +72,20 @@ def _settings(suite: Suite) -> SuiteSettings:
     )
 
 
-def _data(suite: Suite) -> tuple[SuiteData | None, str]:
-    """Return the rows of a suite, and their field. None: it is a task, which has its own."""
-    if suite.task is not None:
-        return None, "task"
-    kind = given(suite)[0]
-    data: SuiteData = getattr(suite, kind)
-    return data, kind
+def _data(suite: Suite) -> dict[str, tuple[SuiteData, str]]:
+    """Return the rows of a suite, and its task file, with their fields, by role."""
+    task = suite.task
+    if task is None:
+        kind = given(suite)[0]
+        return {"suite": (getattr(suite, kind), kind)}
+    if task.file is None or task.data is None:
+        return {}
+    return {"suite": (task.data, "task.data"), "task": (task.file, "task.file")}
 
 
 def suite_faults(suites: Sequence[Suite]) -> Iterator[Fault]:
-    """Yield a fault for each name that two suites have: their metrics would have one name too."""
+    """Yield a fault for each name that two suites have, as their metrics would have one name too,
+    and for each pattern of answers that is no regular expression."""
     first: dict[str, int] = {}
     for number, suite in enumerate(suites):
         if suite.name in first:
@@ -75,13 +94,28 @@ def suite_faults(suites: Sequence[Suite]) -> Iterator[Fault]:
                 f"{suite.name} is the name of {PATH}[{first[suite.name]}] too: choose another name",
             )
         first.setdefault(suite.name, number)
+        if suite.answers is not None:
+            yield from pattern_faults(
+                suite.answers.answer_pattern, f"{PATH}[{number}].answers.answerPattern"
+            )
+
+
+def pattern_faults(pattern: str | None, path: str) -> Iterator[Fault]:
+    """Yield the fault of a pattern that is no regular expression. `path`: its field."""
+    if pattern is None:
+        return
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        yield Fault(path, f"is no regular expression: {error}")
 
 
 def is_paired(metric: str) -> bool:
     """Return whether both models have a value of a metric for each item of a suite. Those of the
     harness's tasks are known only once they are measured."""
     suite, slash, own = metric.partition("/")
-    return bool(suite and slash) and not own.startswith("base") and not own.endswith("Change")
+    is_of_one_model = own.startswith("base") or own.endswith("Change")
+    return bool(suite and slash) and not is_of_one_model and own not in OF_ALL_ANSWERS
 
 
 def unknown_suite_metric(metric: str, suites: Sequence[Suite], compared: bool) -> str | None:
@@ -90,17 +124,38 @@ def unknown_suite_metric(metric: str, suites: Sequence[Suite], compared: bool) -
     `compared`: whether the model before is measured too.
     """
     name, _, own = metric.partition("/")
-    suite = next((suite for suite in suites if suite.name == name), None)
-    if suite is None:
+    number = next((n for n, suite in enumerate(suites) if suite.name == name), None)
+    if number is None:
         known = ", ".join(suite.name for suite in suites)
         remedy = f"use one of {known}" if known else f"add it to {PATH}"
         return f"{metric} is a metric of the suite {name}, which the job does not have: {remedy}"
+    suite = suites[number]
     if suite.task is not None:
         return None  # the harness knows its metrics
-    metrics = METRICS[given(suite)[0]]
+    answers = suite.answers
+    metrics = METRICS[given(suite)[0]] if answers is None else _metrics_of(answers)
     if compared:
         bases = [prefixed("base", each) for each in metrics]
         metrics = (*metrics, *bases, *(f"{each}Change" for each in metrics))
     if own in metrics:
         return None
-    return f"the suite {name} does not measure {own}: use one of {', '.join(metrics)}"
+    remedy = f"use one of {', '.join(metrics)}"
+    if answers is not None and (missing := _missing(own)):
+        remedy = f"{missing} {PATH}[{number}].answers, or {remedy}"
+    return f"the suite {name} does not measure {own}: {remedy}"
+
+
+def _metrics_of(answers: SuiteAnswers) -> tuple[str, ...]:
+    """Return the metrics that a suite of answers measures."""
+    found = [metric for name in answers.metrics for metric in MEASURES[name]]
+    found += ["schemaValid"] if answers.answer_schema is not None else []
+    found += ["patternMatch"] if answers.answer_pattern is not None else []
+    return tuple(dict.fromkeys(found))
+
+
+def _missing(metric: str) -> str | None:
+    """Return what would let a suite of answers measure a metric. None: nothing does."""
+    if metric in MEASURED_BY:
+        return f"add {MEASURED_BY[metric]} to the metrics of"
+    fields = {"schemaValid": "answerSchema", "patternMatch": "answerPattern"}
+    return f"set {fields[metric]} in" if metric in fields else None

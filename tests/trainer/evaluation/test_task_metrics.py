@@ -127,7 +127,8 @@ def test_classes_have_the_accuracy_macro_f1_and_table_of_scikit_learn() -> None:
     expected = f1_score(wanted, named, labels=classes, average="macro", zero_division=0)
     assert found.whole["macroF1"] == pytest.approx(expected)
     table = confusion_matrix(wanted, named, labels=[*classes, OTHER])
-    assert found.details == {"classes": [*classes, OTHER], "counts": table[:3].tolist()}
+    expected_table = {"classes": [*classes, OTHER], "counts": table[:3].tolist()}
+    assert found.details == {"classification": expected_table}
 
 
 def test_an_answer_names_a_class_if_it_equals_it_or_contains_no_other() -> None:
@@ -135,5 +136,6 @@ def test_an_answer_names_a_class_if_it_equals_it_or_contains_no_other() -> None:
     answers = ["Not spam.", "spam", "It is fraud or spam", "This is not spam, is it?"]
     found = task_metrics.classification(answers, references)
     assert only(found) == [1.0, 1.0, 0.0, 1.0]
-    assert found.details["classes"] == ["fraud", "not spam", "spam", OTHER]
-    assert found.details["counts"] == [[0, 0, 0, 1], [0, 2, 0, 0], [0, 0, 1, 0]]
+    table = found.details["classification"]
+    assert table["classes"] == ["fraud", "not spam", "spam", OTHER]
+    assert table["counts"] == [[0, 0, 0, 1], [0, 2, 0, 0], [0, 0, 1, 0]]

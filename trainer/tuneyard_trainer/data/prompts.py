@@ -14,7 +14,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from tuneyard.api.sources import DataFormat
+from tuneyard.api.sources import DataFormat, FieldMap
 from tuneyard.api.stage_settings import ChatSettings, DatasetSettings, PromptSettings
 from tuneyard.errors import StageError
 from tuneyard_trainer.data.encoding.chat import rendered, transcript
@@ -182,11 +182,21 @@ def _turns(row: Row, names: Names) -> tuple[tuple[Message, ...], tuple[Mapping[s
     """Return the row's turns up to the last one of the user, and its tools. Raises RowError."""
     if isinstance(row.value, BrokenRow):
         raise RowError(row.value.reason, row.value.fault)
-    found, tools = _row_turns(row.value, names)
+    return prompt_turns(row.value, names)
+
+
+def prompt_turns(
+    value: Mapping[str, Any], names: Names | None = None
+) -> tuple[tuple[Message, ...], tuple[Mapping[str, Any], ...]]:
+    """Return the turns of a row's columns up to the last one of the user, and its tools.
+
+    `names`: the columns. None: those of the published layouts. Raises RowError.
+    """
+    found, tools = _row_turns(value, names or Names(layouts.PROMPTS, FieldMap()))
     while found and found[-1].role != "user":
         found.pop()
     if not found:
-        raise RowError(f"no turn is by a user; the row has {', '.join(row.value) or 'no fields'}")
+        raise RowError(f"no turn is by a user; the row has {', '.join(value) or 'no fields'}")
     check_turns(found)
     return tuple(template_turns(found)), tools
 

@@ -77,6 +77,7 @@ def _run(context: StageContext, shared: SharedStage) -> StageOutcome:
         steps=STEPS,
         items=found.items,
         estimates=found.estimates,
+        suite_answers=found.suite_answers,
     )
 
 

@@ -29,6 +29,7 @@ from tuneyard_trainer.evaluation.questions import (
 )
 from tuneyard_trainer.evaluation.result import spread
 from tuneyard_trainer.evaluation.task_metrics import (
+    Compared,
     References,
     Scores,
     TaskMetric,
@@ -253,24 +254,14 @@ def _scored(
     before: Sequence[str] | None,
 ) -> Found:
     """Return a metric of both models' answers, and its values for each question."""
-    accepted = [q.accepted for q in questions]
-    ids = tuple(q.prompt.where for q in questions)
-    found = metric(tuned, accepted)
-    base = metric(before, accepted) if before is not None else None
-    metrics = {name: float(np.mean(values)) for name, values in found.means.items()}
-    metrics |= found.whole
-    if base is not None:
-        values = {name: float(np.mean(each)) for name, each in base.means.items()}
-        values |= base.whole
-        for name in [*metrics]:
-            metrics[prefixed("base", name)] = values[name]
-            metrics[f"{name}Gain"] = metrics[name] - values[name]
-    items = {
-        name: Items(ids, values, base.means[name] if base else None, higher_is_better=True)
-        for name, values in found.means.items()
-    }
-    tables = {"tuned": found.details} | ({"base": base.details} if base else {})
-    return Found(metrics, items=items, details={"classification": tables} if found.details else {})
+    found = Compared.of(metric, [q.accepted for q in questions], tuned, before)
+    metrics = found.tuned.metrics
+    if found.base is not None:
+        for name, value in found.base.metrics.items():
+            metrics[f"{name}Gain"] = metrics[name] - value
+            metrics[prefixed("base", name)] = value
+    items = found.items(tuple(q.prompt.where for q in questions))
+    return Found(metrics, items=items, details=found.details)
 
 
 def _perplexity(loss: float) -> float:

@@ -111,6 +111,8 @@ class Found:
     """Facts of each suite by its name, such as its items. Recorded apart: names are free."""
     estimates: Mapping[str, Estimate] = field(default_factory=dict)
     """The evidence for metrics that are no mean over items, by the metric's name."""
+    suite_answers: Mapping[str, Any] = field(default_factory=dict)
+    """What both models answered to the prompts of each suite, by its name."""
 
     @classmethod
     def merged(cls, parts: Iterable[Found]) -> Found:
@@ -124,6 +126,9 @@ class Found:
             details={name: value for each in every for name, value in each.details.items()},
             answers=[answer for each in every for answer in each.answers],
             suites={name: value for each in every for name, value in each.suites.items()},
+            suite_answers={
+                name: value for each in every for name, value in each.suite_answers.items()
+            },
         )
 
 

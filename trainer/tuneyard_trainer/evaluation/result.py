@@ -29,13 +29,15 @@ def finish(
     steps: int = 1,
     items: Mapping[str, Items] | None = None,
     estimates: Mapping[str, Estimate] | None = None,
+    suite_answers: Mapping[str, Any] | None = None,
 ) -> StageOutcome:
     """Write `evaluation.json`, check the gates and return the stage's outcome.
 
     `details`: recorded beside the samples. `answers`: all answers, of which `samples` are a few;
     only the file holds them. `steps`: the number of the stage's steps. `items`: the values of each
     item by the metric that is their mean; the gates' evidence. `estimates`: that of other metrics.
-    Raises StageError GateFailed after the file is written and the verdicts are reported.
+    `suite_answers`: to the prompts of suites, in the file alone. Raises StageError GateFailed after
+    the file is written and the verdicts are reported.
     """
     items, estimates = items or {}, estimates or {}
     results = judge_gates(gates, metrics, items, estimates)
@@ -51,6 +53,7 @@ def finish(
     file = context.workdir / EVALUATION
     result = {"metrics": metrics, **shown, "items": values}
     result["answers"] = [answer.to_json() for answer in answers[:MAX_ITEMS]]
+    result |= {"suiteAnswers": suite_answers} if suite_answers else {}
     file.write_text(json.dumps(result, indent=2, ensure_ascii=False))
     context.worker.persist(file)  # before the gates: a missed one ends the stage without a record
     context.worker.report(step=steps, total_steps=steps, metrics=metrics, gates=results)

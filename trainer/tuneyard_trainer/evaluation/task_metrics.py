@@ -17,7 +17,9 @@ import numpy as np
 import regex
 from numpy.typing import NDArray
 
-from tuneyard.api.evaluation import AnswerMetric
+from tuneyard.api.answer_metrics import AnswerMetric
+from tuneyard_trainer.evaluation import numeric
+from tuneyard_trainer.evaluation.items import Items
 from tuneyard_trainer.reinforcement.rewards import JsonSchema
 from tuneyard_trainer.reporting.answers import is_right
 
@@ -40,9 +42,54 @@ class Scores:
     whole: Mapping[str, float] = field(default_factory=dict)
     """Metrics of all answers together."""
     details: Mapping[str, Any] = field(default_factory=dict)
+    """Facts beside the metrics, such as the table of classes, by the name of the metric."""
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """The value of each metric, by its name."""
+        return {name: float(np.mean(values)) for name, values in self.means.items()} | dict(
+            self.whole
+        )
 
 
 TaskMetric = Callable[[Sequence[str], References], Scores]
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A metric of the answers of both models."""
+
+    tuned: Scores
+    base: Scores | None
+    """None: the model before was not measured."""
+
+    @classmethod
+    def of(
+        cls,
+        metric: TaskMetric,
+        references: References,
+        tuned: Sequence[str],
+        before: Sequence[str] | None,
+    ) -> Compared:
+        """Measure the answers of both models. None: only the tuned model answered."""
+        base = None if before is None else metric(before, references)
+        return cls(metric(tuned, references), base)
+
+    def items(self, ids: tuple[str, ...]) -> dict[str, Items]:
+        """Return the values of each answer, by the metric that is their mean."""
+        return {
+            name: Items(ids, values, self.base.means[name] if self.base else None, True)
+            for name, values in self.tuned.means.items()
+        }
+
+    @property
+    def details(self) -> dict[str, Any]:
+        """The facts of both models beside the metrics, by the name of the metric."""
+        bases = self.base.details if self.base else {}
+        return {
+            name: {"tuned": facts} | ({"base": bases[name]} if name in bases else {})
+            for name, facts in self.tuned.details.items()
+        }
 
 
 # ---- words --------------------------------------------------------------------------------------
@@ -205,8 +252,10 @@ def classification(answers: Sequence[str], references: References) -> Scores:
         },
         whole={"macroF1": float(np.mean(scores))},
         details={
-            "classes": columns,
-            "counts": [[counts[row, column] for column in columns] for row in classes],
+            "classification": {
+                "classes": columns,
+                "counts": [[counts[row, column] for column in columns] for row in classes],
+            }
         },
     )
 
@@ -229,6 +278,16 @@ def _f1_of_class(name: str, wanted: Sequence[str], named: Sequence[str]) -> floa
     return 2 * both / (wanted.count(name) + named.count(name))
 
 
+# ---- numbers ------------------------------------------------------------------------------------
+
+
+def numeric_match(answers: Sequence[str], references: References) -> Scores:
+    """Return whether each final answer is equal to one of its references, as a number or an
+    expression, by math-verify, and how many could not be compared."""
+    values, counts = numeric.compared(answers, references)
+    return Scores({"numericMatch": np.array(values)}, details={"numeric": counts})
+
+
 # ---- all of them --------------------------------------------------------------------------------
 
 BY_NAME: Mapping[AnswerMetric, TaskMetric] = {
@@ -239,18 +298,22 @@ BY_NAME: Mapping[AnswerMetric, TaskMetric] = {
     "chrf": chrf,
     "json": json_valid,
     "classification": classification,
+    "numeric": numeric_match,
 }
 """The metrics by their names in `evaluate.metrics`."""
 
 
 def task_metrics(
-    names: Sequence[AnswerMetric], schema: str | None, pattern: str | None
+    names: Sequence[AnswerMetric],
+    schema: str | None,
+    pattern: str | None,
+    field: str = "evaluate",
 ) -> list[TaskMetric]:
-    """Return the metrics that a manifest names. `schema`: of `evaluate.answerSchema`. `pattern`: of
-    `evaluate.answerPattern`. Raises StageError BadSchema."""
+    """Return the metrics that a manifest names. `schema`: of the field `answerSchema`. `pattern`:
+    of `answerPattern`. `field`: the field that holds both. Raises StageError BadSchema."""
     found = [BY_NAME[name] for name in names]
     if schema is not None:
-        parsed = JsonSchema.parsed(schema, "evaluate.answerSchema")
+        parsed = JsonSchema.parsed(schema, f"{field}.answerSchema")
         found.append(partial(schema_valid, parsed))
     if pattern is not None:
         found.append(partial(pattern_match, regex.compile(pattern)))

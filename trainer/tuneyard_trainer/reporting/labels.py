@@ -15,6 +15,7 @@ ANSWER_METRICS = {
     "patternMatch": "Pattern found",
     "classAccuracy": "Class accuracy",
     "macroF1": "Macro F1 of classes",
+    "numericMatch": "Equal numbers",
 }
 """Labels of the metrics of answers, of which higher is better."""
 ALIGNMENT_METRICS = {

@@ -27,6 +27,7 @@ TYPES = {
     "patternMatch": "pattern_match",
     "classAccuracy": "accuracy",
     "macroF1": "f1",
+    "numericMatch": "accuracy",
     "preferenceAccuracy": "preference_accuracy",
     "rewardAccuracy": "reward_accuracy",
     "winRate": "win_rate",

@@ -40,6 +40,8 @@ class Task:
     """Whether requests are rendered by the model's chat template."""
     field: str
     """The suite's field in the manifest."""
+    make: Callable[[], Any] | None = None
+    """Makes the task, for the harness, of a file of the manifest. None: a task of the harness."""
 
 
 @dataclass(frozen=True)
@@ -59,10 +61,16 @@ class TaskResult:
 
 def known_tasks() -> Any:
     """Return the tasks that come with the harness, as its `TaskManager`. Task files of a manifest
-    are not among them: their templates and includes can run Python code."""
+    are not among them: the harness would run the Python code of their templates and includes."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager()
+
+
+def _no_tasks() -> Any:
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_defaults=False)
 
 
 def run_task(
@@ -76,8 +84,9 @@ def run_task(
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    known = known_tasks()
-    _require_known(task, known.all_tasks)
+    known = _no_tasks() if task.make else known_tasks()
+    if task.make is None:
+        _require_known(task, known.all_tasks)
     on_gpu = model.device.type == "cuda"
     hook = model.register_forward_pre_hook(lambda *_: before_batch())
     try:
@@ -87,7 +96,7 @@ def run_task(
             )
             found = simple_evaluate(
                 language_model,
-                tasks=[task.name],
+                tasks=[task.make() if task.make else task.name],
                 num_fewshot=task.few_shot,
                 limit=task.limit,
                 bootstrap_iters=0,
@@ -106,7 +115,9 @@ def run_task(
             "TaskFailed",
             f"{task.field}: lm-evaluation-harness cannot run the task {task.name}: "
             f"{first_line(error)}.",
-            advice=f"Name another task in {task.field}.task.name, or change its settings.",
+            advice=f"Correct the file and the data of {task.field}.task."
+            if task.make
+            else f"Name another task in {task.field}.task.name, or change its settings.",
         ) from error
     finally:
         hook.remove()

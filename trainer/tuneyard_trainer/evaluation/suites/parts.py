@@ -6,26 +6,33 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import compress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tuneyard.api.answer_metrics import WITHOUT_REFERENCE
 from tuneyard.api.evaluation import prefixed
-from tuneyard.api.stage_settings import ChatSettings, SuiteSettings
+from tuneyard.api.stage_settings import AnswersSettings, ChatSettings, SuiteSettings
 from tuneyard_trainer.data.prompts import Prompt, is_templated, prompt_text, with_system
 from tuneyard_trainer.data.sharing import InStep
 from tuneyard_trainer.evaluation.items import Items
 from tuneyard_trainer.evaluation.part import Found, Loaded, Part
-from tuneyard_trainer.evaluation.suites import choices, harness, refusals
-from tuneyard_trainer.evaluation.suites.rows import read_items
-from tuneyard_trainer.models.files import context_length
+from tuneyard_trainer.evaluation.suites import answers, choices, harness, refusals
+from tuneyard_trainer.evaluation.suites.local_task import local_task
+from tuneyard_trainer.evaluation.suites.rows import prompt_texts, read_items
+from tuneyard_trainer.evaluation.task_metrics import Compared, TaskMetric, task_metrics
+from tuneyard_trainer.models.files import config_of, context_length
 from tuneyard_trainer.worker import StageContext
 
 MAX_LENGTH = 4096
 """Tokens of the longest text of a suite; a longer one loses its beginning."""
 ANSWER_TOKENS = 64
 """Tokens of an answer in which a refusal is searched: it begins with its refusal."""
+
+KEPT_ANSWERS = 1000
+"""Answers of each model that `evaluation.json` holds of a suite."""
 
 Values = Mapping[str, NDArray[np.float64]]
 """The value of each item, by metric."""
@@ -40,24 +47,34 @@ def suites(
     for number, suite in enumerate(settings):
         field = f"spec.evaluate.suites[{number}]"
         if suite.kind == "task":
-            name, few_shot = suite.task or "", suite.few_shot
-            task = harness.Task(name, suite.limit, few_shot, suite.chat_template, field)
-            yield TaskSuite(suite.name, task, tokenizer)
+            yield TaskSuite(suite.name, _task(context, number, suite, field), tokenizer)
             continue
         path, field = context.inputs[f"suite.{number}"], f"{field}.{suite.kind}.uri"
         if suite.kind == "choices":
-            yield ChoiceSuite(
-                suite.name,
-                read_items(path, choices.parse, suite.limit, field, choices.EXPECTED),
-                tokenizer,
-            )
+            items = read_items(path, choices.parse, suite.limit, field, choices.EXPECTED)
+            yield ChoiceSuite(suite.name, items, tokenizer)
+        elif suite.answers is not None:
+            yield AnswerSuite.of(context, path, suite, suite.answers, field, tokenizer, chat)
         else:
-            yield RefusalSuite(
-                suite.name,
-                read_items(path, refusals.parse, suite.limit, field, refusals.EXPECTED),
-                tokenizer,
-                chat,
-            )
+            requests = read_items(path, refusals.parse, suite.limit, field, refusals.EXPECTED)
+            yield RefusalSuite(suite.name, requests, tokenizer, chat)
+
+
+def _task(context: StageContext, number: int, suite: SuiteSettings, field: str) -> harness.Task:
+    """Return a task of the harness, or one of a file and rows of the manifest. `field`: the
+    suite's field. Raises StageError for a file or rows that cannot be used."""
+    make = None
+    if suite.task is None:
+        file, rows = context.inputs[f"task.{number}"], context.inputs[f"suite.{number}"]
+        make = local_task(suite.name, file, rows, f"{field}.task")
+    return harness.Task(
+        name=suite.task or suite.name,
+        limit=suite.limit,
+        few_shot=suite.few_shot,
+        chat_template=suite.chat_template,
+        field=field,
+        make=make,
+    )
 
 
 def _metrics(
@@ -145,6 +162,89 @@ class RefusalSuite(_OwnSuite):
     def _text(self, where: str, item: refusals.Request) -> str:
         prompt = Prompt(({"role": "user", "content": item.prompt},), where)
         return prompt_text(with_system(prompt, self.chat.system_prompt), self.tokenizer, self.chat)
+
+
+# ---- prompts that are answered ------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class AnswerSuite:
+    """Prompts whose answers metrics compare with targets."""
+
+    name: str
+    items: Mapping[str, answers.Asked]
+    """By file and row."""
+    texts: Sequence[str]
+    """What the models continue, of each item."""
+    metrics: Sequence[TaskMetric]
+    max_new_tokens: int
+    tokenizer: Any
+    templated: bool
+    """Whether a chat template rendered the texts, special tokens included."""
+
+    @classmethod
+    def of(
+        cls,
+        context: StageContext,
+        path: Path,
+        suite: SuiteSettings,
+        settings: AnswersSettings,
+        field: str,
+        tokenizer: Any,
+        chat: ChatSettings,
+    ) -> AnswerSuite:
+        """Read the rows at `path` and render their prompts. `field`: the file's field. Raises
+        StageError BadSchema, InvalidData and those of `read_items`."""
+        metrics = task_metrics(
+            settings.metrics,
+            settings.answer_schema,
+            settings.answer_pattern,
+            field.removesuffix(".uri"),
+        )
+        parse = partial(answers.parse, needs_target=bool({*settings.metrics} - WITHOUT_REFERENCE))
+        items = read_items(path, parse, suite.limit, field, answers.EXPECTED)
+        most = context_length(config_of(context.inputs["model"]))
+        room = None if most is None else most - settings.max_new_tokens
+        prompts = {where: item.prompt for where, item in items.items()}
+        return cls(
+            name=suite.name,
+            items=items,
+            texts=prompt_texts(prompts, tokenizer, chat, room, field),
+            metrics=metrics,
+            max_new_tokens=settings.max_new_tokens,
+            tokenizer=tokenizer,
+            templated=is_templated(tokenizer, chat),
+        )
+
+    def measure(self, loaded: Loaded, _tuned: tuple[str, ...] | None, /) -> tuple[str, ...]:
+        """Return the greedy answer to each prompt."""
+        return loaded.answers(
+            self.tokenizer,
+            self.texts,
+            max_new_tokens=self.max_new_tokens,
+            templated=self.templated,
+        )
+
+    def compare(self, tuned: Sequence[str] | None, before: Sequence[str] | None, /) -> Found:
+        """Return the metrics of both models' answers, their values for each item, and answers."""
+        if tuned is None:
+            return Found()
+        ids = tuple(self.items)
+        targets = [item.targets for item in self.items.values()]
+        metrics: dict[str, float] = {}
+        items: dict[str, Items] = {}
+        facts: dict[str, Any] = {"items": len(ids)}
+        for metric in self.metrics:
+            found = Compared.of(metric, targets, tuned, before)
+            base = found.base.metrics if found.base else None
+            metrics |= _metrics(self.name, found.tuned.metrics, base)
+            items |= {f"{self.name}/{name}": each for name, each in found.items(ids).items()}
+            facts |= found.details
+        columns = {"id": ids, "targets": targets, "tuned": tuned, "base": before}
+        kept = {name: list(each[:KEPT_ANSWERS]) for name, each in columns.items() if each}
+        return Found(
+            metrics, items=items, suites={self.name: facts}, suite_answers={self.name: kept}
+        )
 
 
 # ---- tasks of lm-evaluation-harness -------------------------------------------------------------

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
+from tuneyard.api.stage_settings import ChatSettings
 from tuneyard.errors import StageError
+from tuneyard_trainer.data.encoding.template_style import MisfitError
+from tuneyard_trainer.data.prompts import Prompt, is_templated, prompt_text, with_system
 from tuneyard_trainer.data.reading.example import RowError
 from tuneyard_trainer.data.reading.rows import BrokenRow, Row, read_data
 from tuneyard_trainer.data.reading.stream import FAULTS_SHOWN
@@ -36,18 +39,55 @@ def read_items(
             items[where] = parse(_columns(row))
         except RowError as error:
             faults.append(f"{where}: {error}")
-    if faults:
-        raise StageError(
-            "InvalidData",
-            f"{field}: {len(faults)} of {len(faults) + len(items)} rows are no items of this "
-            f"suite. {'; '.join(faults[:FAULTS_SHOWN])}.",
-            advice=f"Repair these rows. Each needs {expected}.",
-        )
+    _refuse(faults, len(faults) + len(items), field, f"Each needs {expected}.")
     if not items:
         raise StageError(
             "EmptyData", f"{field} holds no rows.", advice=f"Put rows into it, or correct {field}."
         )
     return items
+
+
+def prompt_texts(
+    prompts: Mapping[str, Prompt],
+    tokenizer: Any,
+    chat: ChatSettings,
+    room: int | None,
+    field: str,
+) -> list[str]:
+    """Return what a model continues, of each prompt, by its file and row.
+
+    `room`: the most tokens of a prompt. None: any number. Raises StageError InvalidData for prompts
+    that the chat template refuses or that are longer.
+    """
+    texts: list[str] = []
+    faults: list[str] = []
+    special = not is_templated(tokenizer, chat)
+    for where, prompt in prompts.items():
+        try:
+            text = prompt_text(with_system(prompt, chat.system_prompt), tokenizer, chat)
+        except MisfitError as error:
+            faults.append(f"{where}: {error}")
+            continue
+        tokens = len(tokenizer(text, add_special_tokens=special)["input_ids"])
+        if room is not None and tokens > room:
+            faults.append(
+                f"{where}: the prompt has {tokens} tokens, and beside the answer the model's "
+                f"context has room for {max(0, room)}"
+            )
+        texts.append(text)
+    _refuse(faults, len(prompts), field, "Shorten the prompts, or the longest answer.")
+    return texts
+
+
+def _refuse(faults: Sequence[str], rows: int, field: str, advice: str) -> None:
+    """Raise StageError InvalidData if there are faults of rows."""
+    if faults:
+        raise StageError(
+            "InvalidData",
+            f"{field}: {len(faults)} of {rows} rows are no items of this suite. "
+            f"{'; '.join(faults[:FAULTS_SHOWN])}.",
+            advice=f"Repair these rows. {advice}",
+        )
 
 
 def text_of(row: Mapping[str, Any], *names: str) -> str | None:
