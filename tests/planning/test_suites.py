@@ -90,6 +90,35 @@ def test_a_gate_names_a_metric_of_a_suite_of_the_job(metric: str, known: bool) -
     assert [fault.path for fault in found] == ([] if known else ["spec.evaluate.gates[0].metric"])
 
 
+@pytest.mark.parametrize(
+    ("metric", "remedy"),
+    [
+        ("arc/bleu", "bound arc/bleuChange with atLeast or atMost, or use a metric of single"),
+        ("arc/f1", "bound arc/f1Change"),
+        ("arc/wmt/chrf", "bound arc/wmt/chrfChange"),
+        ("arc/word_perplexity", "bound arc/word_perplexityChange"),
+        ("arc/mcc.strict", "bound arc/mcc.strictChange"),
+        ("sense/accuracyChange", "bound sense/accuracyChange with atLeast or atMost"),
+    ],
+)
+def test_a_metric_of_all_items_together_has_no_bound_of_the_difference(
+    metric: str, remedy: str
+) -> None:
+    gate = {"metric": metric, "notWorseThanBaseBy": 0.02}
+    (fault,) = faults({"suites": [SENSE, ARC], "gates": [gate]})
+    assert fault.path == "spec.evaluate.gates[0].notWorseThanBaseBy"
+    assert f"{metric} is not a mean of values that both models have on each item" in fault.message
+    assert remedy in fault.message
+    value = {"metric": metric, "atLeast": 0.02}
+    assert faults({"suites": [SENSE, ARC], "gates": [value]}) == []
+
+
+@pytest.mark.parametrize("metric", ["arc/acc", "arc/exact_match.strict", "sense/accuracy"])
+def test_a_metric_that_may_be_a_mean_of_items_has_one(metric: str) -> None:
+    gate = {"metric": metric, "notWorseThanBaseBy": 0.02}
+    assert faults({"suites": [SENSE, ARC], "gates": [gate]}) == []
+
+
 def test_a_gate_on_the_change_of_a_suite_needs_the_model_before() -> None:
     gates = [{"metric": "sense/accuracyChange", "atLeast": 0.0}]
     evaluate = {"suites": [SENSE], "compareWithBase": False, "gates": gates}

@@ -27,7 +27,12 @@ from tuneyard.planning import defaults
 from tuneyard.planning.augmentation import augmentation_faults, runs_a_model
 from tuneyard.planning.defenses import best_by_faults, defense_faults
 from tuneyard.planning.drafts import Sharding
-from tuneyard.planning.suites import is_paired, suite_faults, unknown_suite_metric
+from tuneyard.planning.suites import (
+    is_paired,
+    suite_faults,
+    unknown_suite_metric,
+    whole_metric_remedy,
+)
 from tuneyard.planning.trl_arguments import (
     DISTILL_CONFIG,
     DPO_CONFIG,
@@ -660,10 +665,12 @@ def _evidence_faults(
         return
     if gate.metric not in PAIRED_METRICS and not is_paired(gate.metric):
         paired = ", ".join(name for name in PAIRED_METRICS if name in known)
+        remedy = f"use one of {paired}, or bound {gate.metric} with atLeast or atMost"
+        if "/" in gate.metric:
+            remedy = whole_metric_remedy(gate.metric)
         yield Fault(
             f"{path}.notWorseThanBaseBy",
-            f"{gate.metric} is not a mean of values that both models have on each item: use one of "
-            f"{paired}, or bound {gate.metric} with atLeast or atMost",
+            f"{gate.metric} is not a mean of values that both models have on each item: {remedy}",
         )
     elif not with_base:
         yield Fault(
