@@ -337,7 +337,7 @@ class PlanRunner:
         started = now()
         with _named_errors(stage, workdir):
             inputs = self.stage_inputs.inputs(stage)
-        context = StageContext(stage, inputs, workdir, self._worker(stage, digests))
+        context = StageContext(stage, inputs, workdir, self._worker(stage, digests), digests)
         if self.results is not None and is_reusable(stage):
             return self._reuse_or_run(self.results, context, digests, started)
         outcome = self._outcome(context)
