@@ -9,13 +9,14 @@ import pytest
 from tests.planning import test_alignment
 from tests.planning.jobs import job
 from tests.planning.test_plan import VALIDATION, stage
-from tuneyard.api.plan import SourceInput
-from tuneyard.api.stage_settings import EvaluateSettings, SuiteSettings
+from tuneyard.api.plan import SourceInput, leading
+from tuneyard.api.stage_settings import EvaluateSettings, LeaksSettings, SuiteSettings
 from tuneyard.errors import Fault, PlanError
 from tuneyard.planning.plan import plan_job
 
 SENSE = {"name": "sense", "choices": {"uri": "file://sense.jsonl"}, "limit": 20}
 MANNERS = {"name": "manners", "refusals": {"uri": "s3://suites/xstest.csv"}}
+TRAIN = {"train": [{"uri": "https://data.example/train.jsonl"}]}
 ARC = {"name": "arc", "task": {"name": "arc_easy", "fewShot": 5, "chatTemplate": True}}
 
 
@@ -59,6 +60,39 @@ def test_a_suite_is_measured_where_no_rows_are_held_out() -> None:
     assert evaluate.settings.chat is not None
     assert evaluate.settings.chat.chat_template == "{{ messages }}"
     assert not any("no evaluate stage" in note for note in planned.notes)
+
+
+def test_the_items_of_suites_are_searched_in_the_training_rows_before_workers_have_gpus() -> None:
+    plain = plan_job(job(data__validation=VALIDATION))
+    planned = plan_job(job(data__validation=VALIDATION, evaluate={"suites": [SENSE, MANNERS, ARC]}))
+    assert [each.name for each in planned.stages] == [
+        "prepare",
+        "leaks",
+        "sft",
+        "evaluate",
+        "export",
+    ]
+    assert [each.name for each in leading(planned.stages)] == ["prepare", "leaks"]
+    found = stage(planned, "leaks")
+    assert isinstance(found.settings, LeaksSettings)
+    assert found.settings.leaks is None
+    assert set(found.inputs) == {"train.0", "suite.0", "suite.1"}
+    for name in ("prepare", "sft"):  # a suite that is added prepares and trains nothing again
+        assert stage(planned, name) == stage(plain, name)
+    strict = job(data={"leaks": "error", **TRAIN}, evaluate={"suites": [SENSE]})
+    settings = stage(plan_job(strict), "leaks").settings
+    assert isinstance(settings, LeaksSettings)
+    assert settings.leaks == "error"
+
+
+@pytest.mark.parametrize(
+    ("data", "suites"), [({}, []), ({}, [ARC]), ({"leaks": "off"}, [SENSE, MANNERS])]
+)
+def test_nothing_is_searched_without_items_at_hand_or_with_leaks_off(
+    data: dict[str, Any], suites: list[Any]
+) -> None:
+    planned = plan_job(job(data={**TRAIN, **data}, evaluate={"suites": suites}))
+    assert "leaks" not in [each.name for each in planned.stages]
 
 
 def test_a_plan_without_suites_does_not_mention_them() -> None:

@@ -160,7 +160,11 @@ class Results:
                 *_against_examples(evaluation.metrics if evaluation else {}),
             ),
             samples=tuple(Sample.of(sample) for sample in samples),
-            warnings=(*_warnings(kinds.get("prepare")), *_missed_gates(gates)),
+            warnings=(
+                *_warnings(kinds.get("prepare")),
+                *_leaked_items(kinds.get("leaks")),
+                *_missed_gates(gates),
+            ),
             gates=gates,
             classes=ClassTable.of(details) if evaluation else None,
             measured=evaluation.metrics if evaluation else {},
@@ -228,6 +232,19 @@ def _warnings(prepare: StageRecord | None) -> list[str]:
             f"{first['span']}"
         )
     return warnings
+
+
+def _leaked_items(leaks: StageRecord | None) -> list[str]:
+    """Return a warning if items of suites are in the training data."""
+    found = leaks.details["leaks"] if leaks else {}
+    if not found.get("items"):
+        return []
+    first = found["examples"][0]
+    return [
+        f"{count(found['items'])} of {count(found['checked'])} items of suites have text that is "
+        f"also in the training data, such as {first['item']} in {first['training']}: "
+        f"{first['span']}"
+    ]
 
 
 # ---- comparisons --------------------------------------------------------------------------------

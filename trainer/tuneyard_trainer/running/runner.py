@@ -334,6 +334,8 @@ class PlanRunner:
             store.begin(stage.name, stage.identity(digests), self.worker.attempt)
         else:
             store.drop_checkpoints(stage.name, self.worker.attempt)  # a kill may have left them
+            if stage.kind == "export":
+                store.unmark_result(self.worker.attempt)
             self.emit(stage_event(stage.name, "Skipped", record.identity, record))
         store.pull(stage.name)
         return record
@@ -527,6 +529,8 @@ def _stage_function(stage: PlannedStage) -> StageFunction:  # noqa: C901  one ca
             from tuneyard_trainer.judging.augment import run
         case "prepare":
             from tuneyard_trainer.data.prepare import run
+        case "leaks":
+            from tuneyard_trainer.evaluation.suite_leaks import run
         case "sft" | "pretrain" if _engine(stage) == "trl":
             from tuneyard_trainer.trl_engine.sft import run
         case "sft" | "pretrain":
