@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from tests.trainer.evaluation.measuring import ALONE
 from tuneyard.api.plan import PlannedStage, SourceInput
-from tuneyard.api.stage_settings import LeaksSettings
+from tuneyard.api.stage_settings import LeaksSettings, SuiteSettings
 from tuneyard.errors import StageError
 from tuneyard_trainer.evaluation import suite_leaks
+from tuneyard_trainer.evaluation.suites.texts import KINDS
 from tuneyard_trainer.worker import StageContext, StageOutcome
 
 LONG = (
@@ -105,6 +106,11 @@ def test_a_job_may_refuse_them(tmp_path: Path) -> None:
     rows = [{"prompt": "How is the weather?", "completion": "It is fine."}]
     clean = searched(tmp_path, rows, leaks="error")
     assert clean.metrics["leakedItems"] == 0
+
+
+def test_the_items_of_every_kind_but_tasks_have_a_text() -> None:
+    kinds = get_args(SuiteSettings.model_fields["kind"].annotation)
+    assert {*KINDS} == {*kinds} - {"task"}
 
 
 SHARED = Path(__file__).parents[4] / "shared" / "data"

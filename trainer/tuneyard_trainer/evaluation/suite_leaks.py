@@ -25,7 +25,7 @@ from tuneyard_trainer.data.leaks import find_leaks
 from tuneyard_trainer.data.reading.example import Example
 from tuneyard_trainer.data.reading.stream import FAULTS_SHOWN, examples
 from tuneyard_trainer.data.texts import Texts
-from tuneyard_trainer.evaluation.suites.texts import item_texts
+from tuneyard_trainer.evaluation.suites.texts import KINDS, item_texts
 from tuneyard_trainer.worker import Interrupted, StageContext, StageOutcome
 
 FOUND = "leaks.json"
@@ -108,7 +108,7 @@ def _items(context: StageContext, settings: LeaksSettings, path: Path) -> tuple[
     with texts:
         for number, suite in enumerate(settings.suites):
             role = f"suite.{number}"
-            if role not in context.inputs:
+            if suite.kind not in KINDS:
                 continue  # a task: its documents are the harness's
             for where, text in item_texts(suite, context.inputs[role], _name(context, role)):
                 texts.append({"text": text})
