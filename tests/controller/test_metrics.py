@@ -109,7 +109,8 @@ def test_a_jobs_training_series_are_removed_with_the_job() -> None:
         step=1,
         total_steps=4,
         percentage=25,
-        metrics={"loss": 0.5, "learningRate": 0.001},
+        # A metric of a suite is no series: its name is the manifest's.
+        metrics={"loss": 0.5, "learningRate": 0.001, "sense/accuracy": 0.5, "code/pass@1": 0.1},
         last_updated_time="2026-01-01T00:00:00Z",
     )
 

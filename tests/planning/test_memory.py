@@ -176,6 +176,40 @@ def test_evaluation_of_full_fine_tuning_holds_one_model_after_the_other() -> Non
     assert parts(compared, "loss of held-out rows")["weights in bfloat16"] == 2 * P
 
 
+SUITES = {
+    "choices": {"choices": {"uri": "file://a.jsonl"}},
+    "refusals": {"refusals": {"uri": "file://b.csv"}},
+    "task": {"task": {"name": "arc_easy"}},
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "moment", "part"),
+    [
+        ("choices", "scores of suites", "logits"),
+        ("refusals", "answers to suites", "key-value cache"),
+        ("task", "tasks of suites", "logits"),
+    ],
+)
+def test_an_evaluation_of_suites_alone_has_a_moment_for_each_way_to_measure(
+    kind: str, moment: str, part: str
+) -> None:
+    suites = [{"name": "one", **SUITES[kind]}]
+    evaluate = stages(planned("8B", "H100", evaluate__suites=suites))["evaluate"]
+    assert [found.name for found in evaluate.device] == [moment]
+    found = parts(evaluate, moment)
+    assert found["weights"] == 2 * P
+    assert found[part] > 100 * 2**20
+    assert evaluate.peak.total > 2 * P
+    assert evaluate.assumptions == ("items of suites are assumed to have up to 512 tokens",)
+
+
+def test_a_job_whose_suites_do_not_fit_does_not_fit() -> None:
+    suites = [{"name": "one", **SUITES["choices"]}]
+    job = planned("70B", "H100", adapter={"qlora": {}}, evaluate__suites=suites)
+    assert stages(job)["evaluate"].peak.total > job.device.usable
+
+
 def test_the_export_holds_one_tensor_of_the_model_on_the_cpu_and_the_adapter() -> None:
     tensor, adapter, blocks = 2 * 128_256 * 4096, 4 * 41_943_040, 128 << 20
     lora: dict[str, Any] = {"adapter": {"lora": {}}}

@@ -10,14 +10,20 @@ from tests.planning import test_alignment
 from tests.planning.jobs import job
 from tests.planning.test_plan import VALIDATION, stage
 from tuneyard.api.meta import yaml_fields
-from tuneyard.api.plan import SourceInput
-from tuneyard.api.stage_settings import AnswersSettings, EvaluateSettings, SuiteSettings
+from tuneyard.api.plan import SourceInput, leading
+from tuneyard.api.stage_settings import (
+    AnswersSettings,
+    EvaluateSettings,
+    LeaksSettings,
+    SuiteSettings,
+)
 from tuneyard.api.suites import SuiteAnswers
 from tuneyard.errors import Fault, PlanError
 from tuneyard.planning.plan import plan_job
 
 SENSE = {"name": "sense", "choices": {"uri": "file://sense.jsonl"}, "limit": 20}
 MANNERS = {"name": "manners", "refusals": {"uri": "s3://suites/xstest.csv"}}
+TRAIN = {"train": [{"uri": "https://data.example/train.jsonl"}]}
 ARC = {"name": "arc", "task": {"name": "arc_easy", "fewShot": 5, "chatTemplate": True}}
 MINE: dict[str, Any] = {
     "name": "mine",
@@ -99,6 +105,39 @@ def test_a_suite_is_measured_where_no_rows_are_held_out() -> None:
     assert not any("no evaluate stage" in note for note in planned.notes)
 
 
+def test_the_items_of_suites_are_searched_in_the_training_rows_before_workers_have_gpus() -> None:
+    plain = plan_job(job(data__validation=VALIDATION))
+    planned = plan_job(job(data__validation=VALIDATION, evaluate={"suites": [SENSE, MANNERS, ARC]}))
+    assert [each.name for each in planned.stages] == [
+        "prepare",
+        "leaks",
+        "sft",
+        "evaluate",
+        "export",
+    ]
+    assert [each.name for each in leading(planned.stages)] == ["prepare", "leaks"]
+    found = stage(planned, "leaks")
+    assert isinstance(found.settings, LeaksSettings)
+    assert found.settings.leaks is None
+    assert set(found.inputs) == {"train.0", "suite.0", "suite.1"}
+    for name in ("prepare", "sft"):  # a suite that is added prepares and trains nothing again
+        assert stage(planned, name) == stage(plain, name)
+    strict = job(data={"leaks": "error", **TRAIN}, evaluate={"suites": [SENSE]})
+    settings = stage(plan_job(strict), "leaks").settings
+    assert isinstance(settings, LeaksSettings)
+    assert settings.leaks == "error"
+
+
+@pytest.mark.parametrize(
+    ("data", "suites"), [({}, []), ({}, [ARC]), ({"leaks": "off"}, [SENSE, MANNERS])]
+)
+def test_nothing_is_searched_without_items_at_hand_or_with_leaks_off(
+    data: dict[str, Any], suites: list[Any]
+) -> None:
+    planned = plan_job(job(data={**TRAIN, **data}, evaluate={"suites": suites}))
+    assert "leaks" not in [each.name for each in planned.stages]
+
+
 def test_a_plan_without_suites_does_not_mention_them() -> None:
     plan = plan_job(job(data__validation=VALIDATION))
     assert "suites" not in stage(plan, "evaluate").model_dump_json()
@@ -133,6 +172,35 @@ def test_a_gate_names_a_metric_of_a_suite_of_the_job(metric: str, known: bool) -
     gates = [{"metric": metric, "atLeast": 0.0}]
     found = faults({"suites": [SENSE, MANNERS, ARC, CAPITALS, MINE], "gates": gates})
     assert [fault.path for fault in found] == ([] if known else ["spec.evaluate.gates[0].metric"])
+
+
+@pytest.mark.parametrize(
+    ("metric", "remedy"),
+    [
+        ("arc/bleu", "bound arc/bleuChange with atLeast or atMost, or use a metric of single"),
+        ("arc/f1", "bound arc/f1Change"),
+        ("arc/wmt/chrf", "bound arc/wmt/chrfChange"),
+        ("arc/word_perplexity", "bound arc/word_perplexityChange"),
+        ("arc/mcc.strict", "bound arc/mcc.strictChange"),
+        ("sense/accuracyChange", "bound sense/accuracyChange with atLeast or atMost"),
+    ],
+)
+def test_a_metric_of_all_items_together_has_no_bound_of_the_difference(
+    metric: str, remedy: str
+) -> None:
+    gate = {"metric": metric, "notWorseThanBaseBy": 0.02}
+    (fault,) = faults({"suites": [SENSE, ARC], "gates": [gate]})
+    assert fault.path == "spec.evaluate.gates[0].notWorseThanBaseBy"
+    assert f"{metric} is not a mean of values that both models have on each item" in fault.message
+    assert remedy in fault.message
+    value = {"metric": metric, "atLeast": 0.02}
+    assert faults({"suites": [SENSE, ARC], "gates": [value]}) == []
+
+
+@pytest.mark.parametrize("metric", ["arc/acc", "arc/exact_match.strict", "sense/accuracy"])
+def test_a_metric_that_may_be_a_mean_of_items_has_one(metric: str) -> None:
+    gate = {"metric": metric, "notWorseThanBaseBy": 0.02}
+    assert faults({"suites": [SENSE, ARC], "gates": [gate]}) == []
 
 
 def test_a_gate_on_the_change_of_a_suite_needs_the_model_before() -> None:

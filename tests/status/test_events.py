@@ -65,6 +65,17 @@ def test_held_out_rows_in_the_training_data_are_a_condition_and_one_warning() ->
     assert descriptions(sim).count("Warning DataLeaked") == 1
 
 
+def test_items_of_suites_in_the_training_data_are_the_same_condition() -> None:
+    sim = simulation()
+    sim.run()
+    found = {"rows": 500, "leakedRows": 0, "leakedItems": 7, "searchedItems": 40}
+    sim.post = post(1, 1, stages=[PREPARED | {"metrics": found}])
+    sim.reconcile()
+    (condition,) = [c for c in sim.status.conditions if c.type == "DataLeaked"]
+    assert condition.status == "True"
+    assert condition.message.startswith("7 items of suites have text that is also in the training")
+
+
 @pytest.mark.parametrize("metrics", [{"rows": 500}, {"rows": 500, "leakedRows": 0}])
 def test_without_leaks_there_is_no_warning(metrics: dict[str, float]) -> None:
     sim = simulation()

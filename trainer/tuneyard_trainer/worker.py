@@ -121,6 +121,8 @@ class StageContext:
     workdir: Path
     """The stage's own folder. It may hold the files of an earlier, killed run."""
     worker: Worker
+    digests: Mapping[str, str] = field(default_factory=dict)
+    """The content digest of each input, by role, on rank 0. {}: unknown."""
 
     def settings(self, kind: type[SettingsT]) -> SettingsT:
         """Return the stage's settings. Raises TypeError if they belong to another kind of stage."""

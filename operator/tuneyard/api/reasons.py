@@ -117,6 +117,7 @@ REASONS = frozenset(
         "StartTimeout",
         "Stopped",
         "SubmissionFailed",
+        "SuiteFailed",
         "Suspended",
         "TargetNotFound",
         "TaskFailed",

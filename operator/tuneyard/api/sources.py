@@ -476,9 +476,9 @@ class FineTuneData(Model):
     leaks: Literal["warn", "error", "off"] = Field(
         default="warn", exclude_if=lambda value: value == "warn"
     )
-    """Treatment of held-out rows that are also in the training data: 13 words in sequence, or
-    nearly all words. warn: name them in the log, the record and the report. error: fail the stage.
-    off: do not search for them."""
+    """Treatment of held-out rows, and of items of suites, that are also in the training data: 13
+    words in sequence, or nearly all words. warn: name them in the log, the record and the report.
+    error: fail the stage. off: do not search for them."""
     retrieval: Retrieval | None = Field(default=None, exclude_if=lambda value: value is None)
     """A context of retrieved passages before each question. None: rows stay as they are."""
     augment: Augment | None = Field(default=None, exclude_if=lambda value: value is None)

@@ -138,6 +138,21 @@ class PrepareSettings(Model):
     none."""
 
 
+class LeaksSettings(Model):
+    """Search the items of suites in the training rows.
+
+    Inputs: `train.N`, and `suite.N` of each suite with a file.
+    """
+
+    kind: Literal["leaks"] = "leaks"
+    train: list[DatasetSettings]
+    """Settings of each input `train.N`."""
+    suites: list[SuiteSettings]
+    """Settings of the suites."""
+    leaks: Literal["error"] | None = Field(default=None, exclude_if=lambda value: value is None)
+    """Treatment of items that are also in training. None: name them, in a warning."""
+
+
 class LoopSettings(Model):
     """A training loop. `auto` is resolved, except where its value depends on the machine."""
 
@@ -667,6 +682,7 @@ class ExportSettings(Model):
 Settings = Annotated[
     PrepareSettings
     | AugmentSettings
+    | LeaksSettings
     | TrainSettings
     | CritiqueSettings
     | FeedbackSettings
@@ -693,6 +709,7 @@ StageKind = Literal[
     "augment",
     "rewrite",
     "prepare",
+    "leaks",
     "sft",
     "pretrain",
     "critique",
@@ -718,7 +735,7 @@ TRAINING_KINDS: Final[tuple[StageKind, ...]] = (
     "distill",
 )
 """The kinds of stages that train, in the order in which one job runs them."""
-PREPARING_KINDS: Final[tuple[StageKind, ...]] = ("augment", "prepare", "pairs")
+PREPARING_KINDS: Final[tuple[StageKind, ...]] = ("augment", "prepare", "leaks", "pairs")
 """The kinds of stages that run no model: they read data. Those at the beginning of a plan need no
 GPU."""
 EVALUATION_KINDS: Final[tuple[StageKind, ...]] = ("evaluate", "assess")

@@ -189,8 +189,8 @@ class JobStatus(Report):
         json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]},
     )
     """Conditions of the types Planned, Admitted, Running, Suspended, Succeeded and Failed,
-    DataLeaked once held-out rows were searched in the training data, and GatesPassed once the
-    gates were checked."""
+    DataLeaked once held-out rows or suites were searched in the training data, and GatesPassed once
+    the gates were checked."""
     observed_generation: int | None = None
     """Generation of the spec that this status describes. None: not reconciled yet."""
     plan_digest: str | None = None

@@ -52,6 +52,8 @@ def describe_stage(stage: PlannedStage) -> str:
     if settings.kind == "prepare":
         rows = "chats" if settings.method == "sft" else "text"
         return f"read, check, split and tokenize the {rows}"
+    if settings.kind == "leaks":
+        return "search the items of the suites in the training rows"
     if isinstance(settings, AugmentSettings):
         return f"make new rows by {', '.join(_ways(settings))}"
     if isinstance(settings, EvaluateSettings):

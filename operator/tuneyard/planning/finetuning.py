@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from tuneyard.api.finetunejob import FineTuneSpec
 from tuneyard.api.plan import Input, StageInput
-from tuneyard.api.stage_settings import ChatSettings, ExportSettings
+from tuneyard.api.stage_settings import ChatSettings, ExportSettings, LeaksSettings
 from tuneyard.errors import PlanError
 from tuneyard.planning import defaults
 from tuneyard.planning.augmentation import augmentation
@@ -14,6 +14,7 @@ from tuneyard.planning.drafts import (
     Draft,
     Sharding,
     data_inputs,
+    dataset_settings,
     default_notes,
     evaluate,
     general_inputs,
@@ -24,7 +25,7 @@ from tuneyard.planning.drafts import (
     train,
 )
 from tuneyard.planning.limits import can_shard, fine_tuning_faults
-from tuneyard.planning.suites import suite_inputs
+from tuneyard.planning.suites import suite_inputs, suite_settings
 
 
 def fine_tuning_stages(spec: FineTuneSpec) -> tuple[list[Draft], list[str]]:
@@ -37,8 +38,8 @@ def fine_tuning_stages(spec: FineTuneSpec) -> tuple[list[Draft], list[str]]:
 
 
 def _drafts(spec: FineTuneSpec, rule: defaults.Rule) -> list[Draft]:
-    """Return augment (if rows are added), prepare, the training stage, evaluate (if rows are held
-    out) and export."""
+    """Return augment (if rows are added), prepare, leaks (if suites have files), the training
+    stage, evaluate (if rows are held out or there are suites) and export."""
     model = source_input(spec.model, "spec.model")
     data, tuned = StageInput(stage="prepare"), StageInput(stage=spec.method)
     inputs: dict[str, Input] = {"model": model, "data": data, "tuned": tuned}
@@ -55,6 +56,7 @@ def _drafts(spec: FineTuneSpec, rule: defaults.Rule) -> list[Draft]:
                 **general_inputs(spec.training, "spec.training"),
             },
         ),
+        *_leaks(spec),
         Draft(
             spec.method,
             train(spec.method, spec.adapter, spec.data.packing, spec.training, rule),
@@ -66,6 +68,23 @@ def _drafts(spec: FineTuneSpec, rule: defaults.Rule) -> list[Draft]:
         drafts.append(_evaluation(spec, inputs))
         inputs = {**inputs, "evaluation": StageInput(stage="evaluate")}
     return [*drafts, Draft("export", ExportSettings(merge=spec.output.merge), inputs)]
+
+
+def _leaks(spec: FineTuneSpec) -> list[Draft]:
+    """Return the stage that searches the items of suites in the training rows. It is one of its
+    own, so that a suite which is added later prepares nothing again."""
+    suites = suite_inputs(spec.evaluate)
+    if not suites or spec.data.leaks == "off":
+        return []
+    replayed = spec.data.replay.data if spec.data.replay else []
+    settings = LeaksSettings(
+        train=dataset_settings([*spec.data.train, *replayed]),
+        suites=suite_settings(spec.evaluate) or [],
+        leaks="error" if spec.data.leaks == "error" else None,
+    )
+    rows = data_inputs(spec.data, "spec.data")
+    training = {role: source for role, source in rows.items() if role.startswith("train.")}
+    return [Draft("leaks", settings, {**training, **suites})]
 
 
 def _evaluation(spec: FineTuneSpec, inputs: Mapping[str, Input]) -> Draft:

@@ -21,6 +21,7 @@ STAGE_VERSIONS: Mapping[StageKind, int] = {
     "augment": 1,
     "rewrite": 1,
     "prepare": 2,
+    "leaks": 1,
     "sft": 1,
     "pretrain": 1,
     "critique": 3,

@@ -31,6 +31,7 @@ from tuneyard.planning.suites import (
     pattern_faults,
     suite_faults,
     unknown_suite_metric,
+    whole_metric_remedy,
 )
 from tuneyard.planning.trl_arguments import (
     DISTILL_CONFIG,
@@ -698,10 +699,12 @@ def _evidence_faults(
         return
     if gate.metric not in PAIRED_METRICS and not is_paired(gate.metric):
         paired = ", ".join(name for name in PAIRED_METRICS if name in known)
+        remedy = f"use one of {paired}, or bound {gate.metric} with atLeast or atMost"
+        if "/" in gate.metric:
+            remedy = whole_metric_remedy(gate.metric)
         yield Fault(
             f"{path}.notWorseThanBaseBy",
-            f"{gate.metric} is not a mean of values that both models have on each item: use one of "
-            f"{paired}, or bound {gate.metric} with atLeast or atMost",
+            f"{gate.metric} is not a mean of values that both models have on each item: {remedy}",
         )
     elif not with_base:
         yield Fault(

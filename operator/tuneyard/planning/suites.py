@@ -19,6 +19,12 @@ METRICS = {
 }
 """The metrics of a suite by its kind. A suite of answers names them, and a task of
 lm-evaluation-harness has its own."""
+WHOLE = OF_ALL_ANSWERS | {
+    *("ter", "f1", "mcc"),
+    *("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte"),
+}
+"""Metrics of all items together, here and in lm-evaluation-harness. Most of its tasks with an f1
+compute it over all documents; few take the mean of each document's."""
 
 
 def suite_inputs(evaluate: Evaluate) -> dict[str, SourceInput]:
@@ -111,11 +117,23 @@ def pattern_faults(pattern: str | None, path: str) -> Iterator[Fault]:
 
 
 def is_paired(metric: str) -> bool:
-    """Return whether both models have a value of a metric for each item of a suite. Those of the
-    harness's tasks are known only once they are measured."""
+    """Return whether both models have a value of a metric for each item of a suite, as far as its
+    name says: other metrics of the harness's tasks are known only once they are measured."""
     suite, slash, own = metric.partition("/")
-    is_of_one_model = own.startswith("base") or own.endswith("Change")
-    return bool(suite and slash) and not is_of_one_model and own not in OF_ALL_ANSWERS
+    name = own.rpartition("/")[2].partition(".")[0]  # of TASK/METRIC.FILTER
+    single = name not in WHOLE and not own.startswith("base") and not own.endswith("Change")
+    return bool(suite and slash) and single
+
+
+def whole_metric_remedy(metric: str) -> str:
+    """Return what to bound instead of the difference of a suite's metric that no item has."""
+    suite, _, own = metric.partition("/")
+    if own.startswith("base") or own.endswith("Change"):
+        return f"bound {metric} with atLeast or atMost"
+    return (
+        f"bound {metric}Change with atLeast or atMost, or use a metric of single items of the "
+        f"suite {suite}, such as an accuracy"
+    )
 
 
 def unknown_suite_metric(metric: str, suites: Sequence[Suite], compared: bool) -> str | None:

@@ -66,6 +66,8 @@ MAX_BACKOFF_SECONDS = 3600
 KEPT_ATTEMPTS = 100
 """Attempts that a status holds, to fit into one object. The oldest uncounted one is dropped first:
 at most `maxAttempts` count, and that is at most 100."""
+LEAKED = {"leakedRows": "held-out rows", "leakedItems": "items of suites"}
+"""What was searched in the training data, by the metric that counts what was found."""
 _ATTEMPT_TEXT, _FAILURE_TEXT = 1024, 4096
 """Characters kept of a message: a hundred attempts must fit into one object."""
 
@@ -885,17 +887,23 @@ class _Observer:
         self._set(conditions=list(conditions.values()))
 
     def _note_leaks(self) -> None:
-        """Set the condition of held-out rows that were trained on, once a stage has looked."""
-        found = [s.metrics["leakedRows"] for s in self.status.stages if "leakedRows" in s.metrics]
+        """Set the condition of held-out rows and items of suites that were trained on, once a stage
+        has looked."""
+        counted = {
+            what: [s.metrics[name] for s in self.status.stages if name in s.metrics]
+            for name, what in LEAKED.items()
+        }
+        found = {what: int(sum(values)) for what, values in counted.items() if values}
         if not found:
             return
-        rows, leaked = int(sum(found)), sum(found) > 0
+        leaked = any(found.values())
+        counts = " and ".join(f"{count} {what}" for what, count in found.items() if count)
         text = (
-            f"{rows} held-out rows have text that is also in the training data, which lowers the "
-            "held-out loss: the report names them; remove them from one of the two, or set "
+            f"{counts} have text that is also in the training data, which makes the result look "
+            "better than it is: the report names them; remove them from one of the two, or set "
             "spec.data.leaks: error"
             if leaked
-            else "no held-out row has text that is also in the training data"
+            else f"no {' or '.join(found)} have text that is also in the training data"
         )
         self._condition("DataLeaked", leaked, "RowsInTraining" if leaked else "NoneFound", text)
 

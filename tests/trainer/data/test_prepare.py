@@ -608,3 +608,69 @@ def test_targets_are_counted_row_by_row_over_several_blocks(
     mask[offsets[:-1]] = 0
     rows = Rows(mask.astype(np.int32), mask, offsets, np.zeros(len(lengths), dtype=np.int16))
     assert rows.targets.tolist() == [length - 1 for length in lengths]
+
+
+# ---- general data -------------------------------------------------------------------------------
+
+
+def test_general_data_is_neither_trained_on_nor_held_out_and_has_ledgers_of_its_own(
+    job: Job,
+) -> None:
+    general = [chat(f"Which desk has number {i}?", f"The desk {i}.") for i in range(4)]
+    watched = [chat(f"Which door has number {i}?", f"The door {i}.") for i in range(3)]
+    outcome = job.run(
+        {
+            "train.0": chats(20),
+            "general.0": general,
+            "guard.0": watched[:2],
+            "guard.1": watched[2:],
+        },
+        validation_fraction=0.2,
+        general=[DATASET],
+        guard=[DATASET, DATASET],
+    )
+    data = job.data
+    assert data.validation
+    assert data.general
+    assert data.guard
+    assert (len(data.general), len(data.guard)) == (4, 3)
+    own = {*all_ids(data.train), *all_ids(data.validation)}
+    assert len(own) == 20
+    assert not own & {*all_ids(data.general), *all_ids(data.guard)}
+    ledger = outcome.details["ledger"]
+    rows = {each["name"]: each["rows"] for each in ledger["sources"]}
+    assert rows["spec.data.general.0"]["general"] == 4
+    assert [rows[f"spec.data.guard.{i}"]["guard"] for i in (0, 1)] == [2, 1]
+    for name in ("spec.data.general.0", "spec.data.guard.0"):
+        assert not {"trained", "heldOut"} & {key for key, count in rows[name].items() if count}
+    assert rows["spec.data.train.0"]["trained"] + rows["spec.data.train.0"]["heldOut"] == 20
+    assert outcome.metrics["rows"] + outcome.metrics["heldOutRows"] == 20
+    assert outcome.metrics["sequences"] == len(data.train)
+    assert data.weights == [1.0], "general data has no weight in an epoch"
+
+
+def test_general_data_is_no_worked_example_and_leaves_the_other_files_as_they_were(
+    job: Job,
+) -> None:
+    rows = {"train.0": chats(20)}
+    job.run(rows, validation_fraction=0.2)
+    plain = job.files()
+    general = [chat(f"Which desk has number {i}?", f"The desk {i}.") for i in range(4)]
+    job.run({**rows, "general.0": general}, validation_fraction=0.2, general=[DATASET])
+    found = job.files()
+    assert {name for name in found if name not in plain} == {f"general.{a}.npy" for a in ARRAYS}
+    assert {name for name in plain if found[name] != plain[name]} == {"data.json"}
+    job.run(rows, validation_fraction=0.2)
+    assert job.files() == plain, "what an earlier run left is removed"
+
+
+def test_general_data_without_a_usable_row_is_named(job: Job) -> None:
+    with pytest.raises(StageError) as failure:
+        job.run(
+            {"train.0": chats(4), "guard.0": [long_chat(2000)]},
+            guard=[DATASET],
+            on_overlength="drop",
+        )
+    assert failure.value.reason == "EmptyData"
+    assert "no row is left for guard" in failure.value.message
+    assert "spec.data.guard.0" in failure.value.advice

@@ -184,7 +184,11 @@ def test_the_limit_and_a_missing_comparison_hold_for_answers_too(
     tmp_path: Path, given: dict[str, Path]
 ) -> None:
     metrics = evaluated(tmp_path / "out", given, {"limit": 2}, compareWithBase=False).metrics
-    assert measured(tmp_path / "out")["suiteAnswers"]["capitals"].keys() == {"id", "targets", "tuned"}
+    assert measured(tmp_path / "out")["suiteAnswers"]["capitals"].keys() == {
+        "id",
+        "targets",
+        "tuned",
+    }
     assert len(measured(tmp_path / "out")["items"]["capitals/tokenF1"]["tuned"]) == 2
     assert not any("base" in name or "Change" in name for name in metrics)
 

@@ -17,6 +17,7 @@ from lm_eval.tasks import TaskManager
 from transformers import LlamaForCausalLM
 
 from tests.trainer.evaluation.measuring import ALONE, evaluate_stage, measured
+from tests.trainer.several_workers import Notes, spawn
 from tuneyard.errors import StageError
 from tuneyard_trainer.evaluation import evaluate
 from tuneyard_trainer.evaluation.suites import choices, harness, refusals
@@ -24,7 +25,7 @@ from tuneyard_trainer.evaluation.suites.rows import read_items
 from tuneyard_trainer.models.base import load_base, load_tokenizer
 from tuneyard_trainer.preference.micro_batches import logprobs, row_values
 from tuneyard_trainer.training.losses import Forward
-from tuneyard_trainer.worker import Interrupted, StageContext, StageOutcome
+from tuneyard_trainer.worker import Interrupted, StageContext, StageOutcome, Worker
 
 CPU = torch.device("cpu")
 FIELD = "spec.evaluate.suites[0]"
@@ -405,6 +406,39 @@ def test_a_task_whose_data_lack_a_column_is_named(tmp_path: Path, tiny: tuple[An
     assert FIELD in refused.value.message
 
 
+def group_files(folder: Path) -> Path:
+    """Write a group of two tasks, of which the second has the first's items twice."""
+    task_files(folder)
+    text = (folder / "lamps.yaml").read_text()
+    data = folder / "data.jsonl"
+    twice = folder / "twice.jsonl"
+    twice.write_text(data.read_text() * 2)
+    (folder / "desks.yaml").write_text(
+        text.replace("task: lamps", "task: desks").replace(str(data), str(twice))
+    )
+    (folder / "rooms.yaml").write_text(
+        "group: rooms\ntask: [lamps, desks]\n"
+        "aggregate_metric_list: [{metric: acc, weight_by_size: true}]\n"
+    )
+    return folder
+
+
+def test_a_group_has_its_own_metric_and_those_of_its_tasks(
+    tmp_path: Path, tiny: tuple[Any, Any]
+) -> None:
+    group_files(tmp_path)
+    found = harness.run_task(task(name="rooms"), *tiny, lambda: None)
+    one = harness.run_task(task(), *tiny, lambda: None)
+    assert set(found.metrics) == {
+        "acc",
+        *(f"{name}/{metric}" for name in ("lamps", "desks") for metric in ("acc", "acc_norm")),
+    }
+    assert found.metrics["acc"] == pytest.approx(one.metrics["acc"])
+    assert len(found.items["lamps/acc"]) == 3
+    assert len(found.items["desks/acc"]) == 6
+    assert "acc" not in found.items, "a group has no documents of its own"
+
+
 # ---- the stage ----------------------------------------------------------------------------------
 
 SUITES = [
@@ -511,3 +545,27 @@ def test_rows_that_are_no_items_are_refused_before_a_model_is_loaded(
         evaluated(tmp_path / "out", given)
     assert refused.value.reason == "InvalidData"
     assert "spec.evaluate.suites[0].choices.uri" in refused.value.message
+
+
+def _measured_by_two(rank: int, notes: Notes, folder: Path, given: dict[str, Path]) -> None:
+    known = partial(TaskManager, include_path=str(folder / "tasks"), include_defaults=False)
+    harness.known_tasks = known
+    folder.joinpath("two").mkdir(exist_ok=True)
+    worker = Worker(rank, 2, CPU)
+    stage = evaluate_stage(suites=[*SUITES, ROOMS])
+    evaluate.run(StageContext(stage, given, folder / "two", worker))
+    notes[rank] = "done"
+
+
+ROOMS = {"name": "rooms", "kind": "task", "task": "rooms", "limit": None}
+
+
+def test_two_workers_measure_the_suites_of_one_with_tasks_and_a_group(
+    tmp_path: Path, given: dict[str, Path]
+) -> None:
+    group_files(tmp_path / "tasks")
+    one = evaluated(tmp_path / "one", given, suites=[*SUITES, ROOMS])
+    assert spawn(2, _measured_by_two, tmp_path, given) == {0: "done", 1: "done"}
+    metrics = measured(tmp_path / "two")["metrics"]
+    assert metrics == pytest.approx(one.metrics, rel=1e-5, abs=1e-5)
+    assert {"rooms/acc", "rooms/lamps/acc", "tasks/acc"} <= set(metrics)

@@ -20,10 +20,11 @@ from tests.trainer.jobs import manifest, planned, write_data
 from tests.trainer.several_workers import Notes, spawn
 from tuneyard.api.plan import Plan
 from tuneyard.errors import StageError
+from tuneyard_trainer.evaluation.suites import parts as suite_parts
 from tuneyard_trainer.running import torchrun
 from tuneyard_trainer.running.runner import PlanRunner, StageInputs, emit_nothing
 from tuneyard_trainer.storage.digests import digest_of
-from tuneyard_trainer.storage.records import Store
+from tuneyard_trainer.storage.records import EARLIER_FILE, Store
 from tuneyard_trainer.worker import StageContext, StageOutcome, Worker
 
 RECORDING = Path(__file__).parents[1].joinpath("recording.py")
@@ -125,6 +126,56 @@ def test_a_missed_gate_fails_for_good_and_exports_nothing(copy: Path, tiny_model
     assert not failure.value.retryable
     assert not (copy / "out" / "result").exists()
     assert not (copy / "out" / "stages" / "evaluate" / "record.json").exists()
+
+
+def gated(model: Path, **gate: float) -> Plan:
+    evaluate = {"maxNewTokens": 4, "gates": [{"metric": "lossReduction", **gate}]}
+    return planned(manifest(model, evaluate=evaluate))
+
+
+def test_the_model_of_an_earlier_run_is_kept_and_says_so_until_it_is_exported_again(
+    copy: Path, tiny_model_dir: Path
+) -> None:
+    result = copy / "out" / "result"
+    before = snapshot(result)
+    with pytest.raises(StageError, match=r"below 0\.999") as failure:
+        walk(gated(tiny_model_dir, atLeast=0.999), copy)
+    assert "The folder result still holds the model of an earlier run" in failure.value.message
+    note = (result / EARLIER_FILE).read_text()
+    assert "A later run of the job has other settings or data" in note
+    assert {name: before[name] for name in before} == {
+        name: found for name, found in snapshot(result).items() if name != EARLIER_FILE
+    }, "nothing of the earlier model is lost"
+    # Back to what the model was exported with: the evaluation runs again with the same outcome.
+    assert walk(planned(manifest(tiny_model_dir)), copy)["export"] == "Skipped"
+    assert snapshot(result) == before
+    walk(gated(tiny_model_dir, atLeast=-1000.0), copy)
+    assert not (result / EARLIER_FILE).exists()
+
+
+def test_a_suite_that_was_measured_is_not_measured_again_with_other_gates(
+    tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_data(tmp_path)
+    rows = [{"good": "Ask the desk.", "bad": "Desk the ask."}] * 3
+    (tmp_path / "sense.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    suite = {"name": "sense", "choices": {"uri": "file://sense.jsonl"}}
+
+    def plan(least: float) -> Plan:
+        gates = [{"metric": "sense/accuracy", "atLeast": least}]
+        evaluate = {"maxNewTokens": 4, "suites": [suite], "gates": gates}
+        return planned(manifest(tiny_model_dir, evaluate=evaluate))
+
+    assert walk(plan(0.0), tmp_path) == {**ALL_RUN, "leaks": "Succeeded"}
+    store = Store(str(tmp_path / "out"), tmp_path)
+    first = store.record("evaluate")
+    monkeypatch.setattr(suite_parts.ChoiceSuite, "measure", pytest.fail)
+    again = dict.fromkeys(("evaluate", "export"), "Succeeded")
+    assert walk(plan(-0.5), tmp_path) == {**ALL_SKIPPED, "leaks": "Skipped", **again}
+    second = store.record("evaluate")
+    assert first
+    assert second
+    assert first.metrics == second.metrics
 
 
 def test_a_missed_advisory_gate_is_exported_with_its_verdict(

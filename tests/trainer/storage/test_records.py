@@ -24,7 +24,7 @@ from tuneyard.errors import StageError
 from tuneyard_trainer.storage.files import write_atomically
 from tuneyard_trainer.storage.journal import Journal
 from tuneyard_trainer.storage.objects import Objects
-from tuneyard_trainer.storage.records import Store
+from tuneyard_trainer.storage.records import EARLIER_FILE, REUSED_FOLDER, Store
 
 JOB = JobRef(kind="FineTuneJob", name="support-bot")
 STAGE = train_stage()
@@ -172,6 +172,38 @@ def test_files_of_an_unfinished_run_are_kept_only_for_the_same_identity(
     store.begin("sft", "sha256:two", 1)
     assert names(store, tmp_path / "again") == set()
     assert not list(store.workdir("sft").iterdir())
+
+
+def test_files_that_are_named_by_their_content_stay_for_another_identity(
+    store: Store, tmp_path: Path
+) -> None:
+    store.claim(JOB, 1)
+    store.begin("sft", "sha256:one", 1)
+    write(store, f"{REUSED_FOLDER}/abc.json", "{}")
+    write(store, "evaluation.json", "{}")
+    store.persist(store.workdir("sft"), 1)
+    store.begin("sft", "sha256:two", 1)
+    assert names(store, tmp_path) == {"abc.json"}
+    store.pull("sft")
+    files = [path.name for path in store.workdir("sft").rglob("*") if path.is_file()]
+    assert files == ["abc.json"]
+
+
+def test_a_result_says_that_it_is_of_an_earlier_run(store: Store, tmp_path: Path) -> None:
+    store.claim(JOB, 1)
+    assert not store.mark_result(1), "there is no result yet"
+    store.begin("export", "sha256:one", 1)
+    (store.workdir("export") / "weights.bin").write_text("a")
+    store.write_record(record().model_copy(update={"stage": "export", "kind": "export"}))
+    assert store.mark_result(1)
+    other = on_another_machine(store, tmp_path)
+    other.pull("export")
+    assert "earlier run" in (other.workdir("export") / EARLIER_FILE).read_text()
+    assert (other.workdir("export") / "weights.bin").read_text() == "a"
+    store.unmark_result(1)
+    again = on_another_machine(store, tmp_path / "again")
+    again.pull("export")
+    assert not (again.workdir("export") / EARLIER_FILE).exists()
 
 
 def test_a_finished_stage_that_must_run_again_starts_with_an_empty_folder(

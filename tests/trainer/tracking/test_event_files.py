@@ -132,10 +132,13 @@ def test_an_evaluation_is_shown_once_and_the_manifest_as_text(tmp_path: Path) ->
     for _ in range(2):  # a stage that is skipped is handed over again
         tracker = files(tmp_path)
         tracker.open(state)
-        tracker.add_evaluation("evaluate", {"lossReduction": 0.5})
+        tracker.add_evaluation("evaluate", {"lossReduction": 0.5, "code/pass@1": 0.25})
         tracker.flush()
         tracker.close()
-    assert shown(tmp_path, "evaluate") == {"evaluate/lossReduction": [(0, 0.5)]}
+    assert shown(tmp_path, "evaluate") == {
+        "evaluate/lossReduction": [(0, 0.5)],
+        "evaluate/code/pass@1": [(0, 0.25)],
+    }
     reader = EventAccumulator(str(tmp_path / "job"), size_guidance={"tensors": 0})
     reader.Reload()
     (tag,) = reader.Tags()["tensors"]

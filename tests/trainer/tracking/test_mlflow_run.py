@@ -164,6 +164,17 @@ def test_more_metrics_and_parameters_than_one_request_takes(
     assert [step for step, _ in history(client, found, "sft/b")] == [*range(1, 1202)]
 
 
+@pytest.mark.slow
+def test_metrics_of_suites_keep_their_slash_and_lose_what_no_server_accepts(
+    scene: Scene, client: MlflowClient
+) -> None:
+    run = tracker(scene.plan)
+    run.open(TrackerState("", []))
+    run.add_evaluation("evaluate", {"sense/accuracy": 0.5, "code/pass@1": 0.25})
+    (found,) = runs(client, scene.folder.name)
+    assert found.data.metrics == {"evaluate/sense/accuracy": 0.5, "evaluate/code/pass_1": 0.25}
+
+
 # ---- facts --------------------------------------------------------------------------------------
 
 
@@ -182,6 +193,13 @@ def test_parameters_have_names_and_values_that_every_server_accepts(tmp_path: Pa
     assert found["spec.data.train.0.uri"] == "https://host/a.jsonl"
     assert len(found["spec.data.systemPrompt"]) == facts.MOST_CHARACTERS
     assert "password" not in json.dumps(found)
+
+
+def test_names_are_those_that_every_server_accepts() -> None:
+    kept = ["evaluate/sense/baseAccuracy", "a-b/exact_match.strict-match"]
+    assert [facts.allowed_name(name) for name in kept] == kept
+    assert facts.allowed_name("code/pass@1,x") == "code/pass_1_x"
+    assert len(facts.allowed_name("x" * 300)) == 250
 
 
 # ---- servers that do not work, and wrong settings -----------------------------------------------

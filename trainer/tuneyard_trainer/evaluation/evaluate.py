@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 from tuneyard.api.earlier import current, current_role
@@ -35,7 +36,8 @@ def run(context: StageContext) -> StageOutcome:
     """
     stage = context.stage
     inputs = {current_role(stage, role): path for role, path in context.inputs.items()}
-    context = StageContext(current(stage), inputs, context.workdir, context.worker)
+    digests = {current_role(stage, role): digest for role, digest in context.digests.items()}
+    context = replace(context, stage=current(stage), inputs=inputs, digests=digests)
     with SharedStage(context.worker) as shared:
         return _run(context, shared)
 

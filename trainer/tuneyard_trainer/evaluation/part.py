@@ -9,7 +9,7 @@ Shapes: R rows, N items.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any, Protocol, TypeVar
 
@@ -26,7 +26,7 @@ from tuneyard_trainer.generation.greedy import continuations
 from tuneyard_trainer.models import probes
 from tuneyard_trainer.preference.micro_batches import evaluate_rows, logprobs, row_values
 from tuneyard_trainer.reporting.results import Sample
-from tuneyard_trainer.training.losses import Forward, default_max_tokens
+from tuneyard_trainer.training.losses import Forward
 from tuneyard_trainer.worker import Worker
 
 M = TypeVar("M")
@@ -55,15 +55,16 @@ class Loaded:
     def forward(self, pad: int) -> Forward:
         """Return forward passes over prompts with completions. `pad`: the token that fills
         batches."""
-        device = self.worker.device
-        return Forward(
-            device=device,
+        found = Forward.of(
+            self.model,
+            device=self.worker.device,
             precision=torch.float32,
             pad=pad,
             pack=self.packs,
-            capacity=CAPACITY,
-            max_tokens=default_max_tokens(device),
+            max_length=CAPACITY,
+            max_tokens="auto",  # a large vocabulary bounds them: of suites, all tokens are targets
         )
+        return replace(found, capacity=CAPACITY)
 
     def row_logprobs(self, rows: Rows, forward: Forward) -> NDArray[np.float64]:
         """Return (R,) the log-probability of each row's targets, summed over the row, in nats. All

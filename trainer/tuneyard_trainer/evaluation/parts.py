@@ -18,6 +18,7 @@ from tuneyard_trainer.evaluation.held_out import HeldOut
 from tuneyard_trainer.evaluation.part import Part, Rater
 from tuneyard_trainer.evaluation.preferences import HeldOutPreferences, ImplicitRewards
 from tuneyard_trainer.evaluation.sampled import SampledCompletions, usable_prompts
+from tuneyard_trainer.evaluation.suites.kept import kept
 from tuneyard_trainer.evaluation.suites.parts import suites
 from tuneyard_trainer.evaluation.sycophancy import Sycophancy
 from tuneyard_trainer.evaluation.win_rate import WinRate
@@ -73,7 +74,8 @@ def _of_policies(
         yield Sycophancy(tokenizer, chat.chat_template)
     if settings.suites:
         own = _tokenizer_of_rows(context) or tokenizer
-        yield from suites(context, settings.suites, own, chat)
+        found = suites(context, settings.suites, own, chat)
+        yield from kept(context, shared, found, own.chat_template)
     if held_out and settings.preferences:
         pad = int(tokenizer.pad_token_id)
         yield ImplicitRewards(held_out, settings.preferences.beta, pad)

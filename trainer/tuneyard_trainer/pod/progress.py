@@ -25,7 +25,7 @@ from tuneyard.api.progress import (
 from tuneyard.api.stage_settings import EVALUATION_KINDS
 from tuneyard.api.status import MOST_SECONDS, Result, StageCost, StageState, StageStatus
 
-SHORT = ("augment", "prepare", "pairs", *EVALUATION_KINDS, "export")
+SHORT = ("augment", "prepare", "leaks", "pairs", *EVALUATION_KINDS, "export")
 WEIGHTS = dict.fromkeys(SHORT, 1.0)
 """The weight of a short stage in the job's percentage, by kind. The quickstart on two cores spends
 12% of its time in prepare, 71% in training, 11% in evaluate and 7% in export. Longer jobs spend

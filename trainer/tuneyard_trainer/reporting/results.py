@@ -194,6 +194,7 @@ class Results:
             samples=tuple(Sample.of(sample) for sample in samples),
             warnings=(
                 *_warnings(kinds.get("prepare")),
+                *_leaked_items(kinds.get("leaks")),
                 *details.get("findings", ()),
                 *_missed_gates(gates),
             ),
@@ -264,6 +265,19 @@ def _warnings(prepare: StageRecord | None) -> list[str]:
             f"{first['span']}"
         )
     return warnings
+
+
+def _leaked_items(leaks: StageRecord | None) -> list[str]:
+    """Return a warning if items of suites are in the training data."""
+    found = leaks.details["leaks"] if leaks else {}
+    if not found.get("items"):
+        return []
+    first = found["examples"][0]
+    return [
+        f"{count(found['items'])} of {count(found['checked'])} items of suites have text that is "
+        f"also in the training data, such as {first['item']} in {first['training']}: "
+        f"{first['span']}"
+    ]
 
 
 # ---- comparisons --------------------------------------------------------------------------------

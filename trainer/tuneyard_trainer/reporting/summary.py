@@ -438,6 +438,7 @@ class RunSummary:
         names = {
             "prepare": "Prepared data",
             "pairs": "Prepared preferences",
+            "leaks": "Suites in the training data",
             "evaluate": "Evaluation",
             "assess": "Evaluation",
         }

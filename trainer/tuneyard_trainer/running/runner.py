@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, assert_never
 from tuneyard.api.gates import GateResult
 from tuneyard.api.job_facts import FitAnswer
 from tuneyard.api.plan import Plan, PlannedStage, SourceInput, StageInput, StageRecord, leading
+from tuneyard.api.pods import stage_folder
 from tuneyard.api.stage_settings import SHARED_KINDS, TRAINING_KINDS, StageKind
 from tuneyard.errors import StageError
 from tuneyard_trainer import extras
@@ -26,7 +27,7 @@ from tuneyard_trainer.running.failures import out_of_memory
 from tuneyard_trainer.running.waits import wait_event
 from tuneyard_trainer.storage import sources
 from tuneyard_trainer.storage.files import disk_error
-from tuneyard_trainer.storage.records import Store
+from tuneyard_trainer.storage.records import EARLIER_FILE, Store
 from tuneyard_trainer.storage.results import Results, is_reusable, result_key
 from tuneyard_trainer.worker import Interrupted, StageContext, StageOutcome, Worker
 
@@ -36,6 +37,11 @@ if TYPE_CHECKING:
 MODEL_ROLES = ("model", "judge", "reward", "teacher", "toxicity")
 """The roles of inputs that are models if they come from outside the plan; `reward.0` is one too."""
 
+
+EARLIER_RESULT = (
+    f"The folder {stage_folder('export')} still holds the model of an earlier run, as its file "
+    f"{EARLIER_FILE} says."
+)
 
 VERSIONED = ("tuneyard", "torch", "transformers", "peft")
 """The packages whose versions a record keeps."""
@@ -193,9 +199,27 @@ class PlanRunner:
     """The prepared data of other jobs. None: this job shares none."""
     _answer: FitAnswer | None = None
     """The answer. None: not asked yet."""
+    _has_earlier_result: bool = False
+    """Whether the output has the model of an earlier run, of which this one differs."""
 
     def run(self) -> dict[str, StageRecord]:
-        """Skip or run every stage; return the records by name. Raises StageError or Interrupted."""
+        """Skip or run every stage; return the records by name. Raises StageError or Interrupted.
+
+        While a stage before the export runs, the result of an earlier run says that it is one.
+        """
+        try:
+            return self._run()
+        except StageError as error:
+            if not self._has_earlier_result:
+                raise
+            raise StageError(
+                error.reason,
+                f"{error.message} {EARLIER_RESULT}",
+                advice=error.advice,
+                retryable=error.retryable,
+            ) from error
+
+    def _run(self) -> dict[str, StageRecord]:
         control = Control(self.worker.world_size)
         known, store = self.stage_inputs, self.stage_inputs.store
         for stage in leading(known.plan.stages) if self.preparing else known.plan.stages:
@@ -305,9 +329,13 @@ class PlanRunner:
         if record is None:
             stages = self.stage_inputs.plan.stages
             extras.require(stages[stages.index(stage) :])
+            if stage.kind != "export" and not self._has_earlier_result:
+                self._has_earlier_result = store.mark_result(self.worker.attempt)
             store.begin(stage.name, stage.identity(digests), self.worker.attempt)
         else:
             store.drop_checkpoints(stage.name, self.worker.attempt)  # a kill may have left them
+            if stage.kind == "export":
+                store.unmark_result(self.worker.attempt)
             self.emit(stage_event(stage.name, "Skipped", record.identity, record))
         store.pull(stage.name)
         return record
@@ -337,7 +365,7 @@ class PlanRunner:
         started = now()
         with _named_errors(stage, workdir):
             inputs = self.stage_inputs.inputs(stage)
-        context = StageContext(stage, inputs, workdir, self._worker(stage, digests))
+        context = StageContext(stage, inputs, workdir, self._worker(stage, digests), digests)
         if self.results is not None and is_reusable(stage):
             return self._reuse_or_run(self.results, context, digests, started)
         outcome = self._outcome(context)
@@ -508,6 +536,8 @@ def _stage_function(stage: PlannedStage) -> StageFunction:  # noqa: C901  one ca
             from tuneyard_trainer.judging.augment import run
         case "prepare":
             from tuneyard_trainer.data.prepare import run
+        case "leaks":
+            from tuneyard_trainer.evaluation.suite_leaks import run
         case "sft" | "pretrain" if _engine(stage) == "trl":
             from tuneyard_trainer.trl_engine.sft import run
         case "sft" | "pretrain":

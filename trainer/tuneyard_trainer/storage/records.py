@@ -37,6 +37,9 @@ LAST = ("state.json", "record.json")
 """Files whose presence means that the others are complete; they are copied last."""
 SOURCES = "stages/sources.json"
 CLAIM_LOCK = ".claim.lock"
+REUSED_FOLDER = "measured"
+"""A folder in that of a stage. Its files are named by their content and stay when the stage begins
+with another identity: the stage itself removes those that it cannot use."""
 LOCK_SECONDS = 60.0
 """The longest wait for the lock of the claim. Its holder removes old checkpoints meanwhile, which
 takes seconds."""
@@ -48,6 +51,15 @@ _OWN_FILES = (
 )
 """Everything that a job writes, in the order of its erasure. The lock is last: a claim that waits
 for it must not be erased."""
+EARLIER_FILE = "EARLIER_RUN.md"
+"""The file in the folder of the result that says that it is of an earlier run."""
+EARLIER_TEXT = """# The model of an earlier run
+
+This model was exported at {finished}. A later run of the job has other settings or data, and has
+exported no model: its gates are not met, it failed, or it still runs.
+
+To keep this model, copy the folder: the next run that exports a model replaces it.
+"""
 KEPT_ATTEMPTS = 20
 """The newest attempts whose logs are kept: preemption does not bound the attempts of a job."""
 
@@ -319,16 +331,40 @@ class Store:
 
         Files of an unfinished run with the same identity stay, so the stage can resume from them.
         Files of another identity belong to other settings or data and are removed, the record
-        first. Raises StageError StaleAttempt.
+        first, but for those in REUSED_FOLDER. Raises StageError StaleAttempt.
         """
         begun = f"stages/{stage}.begun.json"
         with self.owned(attempt):
             self._remove(f"{stage_folder(stage)}/record.json")
             if self._read_json(begun) == {"identity": identity}:
                 return
-            self._remove(stage_folder(stage))
-            shutil.rmtree(self._scratch / stage_folder(stage), ignore_errors=True)
+            self._empty(stage_folder(stage))
+            if not self.is_local:
+                shutil.rmtree(self._scratch / stage_folder(stage), ignore_errors=True)
             self._write(begun, {"identity": identity}, attempt)
+
+    def mark_result(self, attempt: int) -> bool:
+        """Say in the folder of the result, if there is one, that it is of an earlier run. Return
+        whether there is. Raises StageError StaleAttempt."""
+        record = self.record("export")
+        if record is None:
+            return False
+        text = EARLIER_TEXT.format(finished=record.finished_at)
+        with self.owned(attempt):
+            self._write_bytes(f"{stage_folder('export')}/{EARLIER_FILE}", text.encode(), attempt)
+        return True
+
+    def unmark_result(self, attempt: int) -> None:
+        """Remove what `mark_result` wrote. Raises StageError StaleAttempt."""
+        with self.owned(attempt):
+            self._remove(f"{stage_folder('export')}/{EARLIER_FILE}")
+
+    def _empty(self, folder: str) -> None:
+        """Remove what is in a stage's folder, but for REUSED_FOLDER."""
+        path = self._at(folder)
+        for each in self._fs.ls(path, detail=False) if self._fs.exists(path) else ():
+            if PurePosixPath(each).name != REUSED_FOLDER:
+                self._fs.rm(each, recursive=True)
 
     def _remove(self, relative: str) -> None:
         path = self._at(relative)

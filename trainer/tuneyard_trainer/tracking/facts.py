@@ -25,7 +25,12 @@ def parameters(plan: Plan) -> dict[str, str]:
         for stage in plan.stages
     }
     found = _flat(shareable({"spec": spec, "plan": stages}), "")
-    return {_FORBIDDEN.sub("_", name)[:250]: _clipped(text) for name, text in found}
+    return {allowed_name(name): _clipped(text) for name, text in found}
+
+
+def allowed_name(name: str) -> str:
+    """Return the name of a parameter or a metric as MLflow accepts it."""
+    return _FORBIDDEN.sub("_", name)[:250]
 
 
 def _flat(value: Any, path: str) -> Iterator[tuple[str, str]]:

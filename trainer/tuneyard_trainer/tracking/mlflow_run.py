@@ -176,7 +176,8 @@ class MlflowRun:
 
         now = int(time.time() * 1000)
         new: list[Metric] = []
-        for name, value, step in metrics:
+        for given, value, step in metrics:
+            name = facts.allowed_name(given)  # a task of lm-evaluation-harness has pass@1
             if step > self._newest.get(name, -1) and math.isfinite(value):
                 new.append(Metric(name, value, now, step))
                 self._newest[name] = step

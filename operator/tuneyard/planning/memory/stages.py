@@ -24,6 +24,7 @@ from tuneyard.api.stage_settings import (
     PpoSettings,
     RewardSettings,
     RewardTerm,
+    SuiteSettings,
     TrainSettings,
     scoring_terms,
 )
@@ -44,6 +45,10 @@ JUDGED_PROMPTS = 128
 """Prompts of which both models of an evaluation sample completions, at most."""
 GPU_REQUESTS, CPU_REQUESTS = 32, 8
 """Requests that a model replies to at a time, as in the trainer's `judging.local_model`."""
+GPU_TASK_BATCH, CPU_TASK_BATCH = 32, 8
+"""Requests that lm-evaluation-harness measures at a time, as in `evaluation.suites.harness`."""
+REFUSAL_TOKENS = 64
+"""Tokens of an answer in which a refusal is searched, as in `evaluation.suites.parts`."""
 GPU_SHARE, FULL_TUNING_BYTES = 0.5, 16
 """`compute.sharding: auto` shards what would take more than this share of a GPU, full fine-tuning
 counted with these bytes for each parameter; as in the trainer's `models.policies`."""
@@ -488,6 +493,10 @@ class _Job:
             found, other = self._sampled_completions(stage, settings)
             moments += found
             assumed += other
+        if settings.suites:
+            found, other = self._suites(stage, settings.suites, settings.max_new_tokens)
+            moments += found
+            assumed += other
         if judge := self._judge(stage):
             others = self._reward_models(stage, scoring_terms(settings))
             moments.append(Moment.of("judging", ("reward models", others), ("judge", judge)))
@@ -537,6 +546,33 @@ class _Job:
         parts = self._generation(shape, self._plainly)
         moment = Moment.of("sampling", *weights, others, *parts)
         return [moment], self._assumed_shape(stage, shape)
+
+    def _suites(
+        self, stage: PlannedStage, suites: list[SuiteSettings], new: int
+    ) -> tuple[list[Moment], tuple[str, ...]]:
+        """Return the moments of a model on suites, one for each way to measure, and what they
+        assume. `new`: most tokens of an answer."""
+        weights = self._weights(stage, "weights")
+        length, gpu, how = self.lengths.prompts, self.machine.gpu, self._plainly
+        tokens = default_tokens(self.facts, gpu=gpu)
+        scored = micro_batch(length, tokens, share=tokens)
+        tasks = MicroBatch(GPU_TASK_BATCH if gpu else CPU_TASK_BATCH, length)
+        asked = MicroBatch(GREEDY_BATCH, length)
+        if self.least:
+            scored = tasks = asked = MicroBatch(1, 1)
+        kinds = {suite.kind for suite in suites}
+        moments = []
+        if "choices" in kinds:
+            found = measured_parts(self.facts, scored, how)
+            moments.append(Moment.of("scores of suites", *weights, *found))
+        if "task" in kinds:
+            found = measured_parts(self.facts, tasks, how)
+            moments.append(Moment.of("tasks of suites", *weights, *found))
+        if answered := kinds - {"choices", "task"}:
+            most = REFUSAL_TOKENS if answered == {"refusals"} else max(REFUSAL_TOKENS, new)
+            found = generation_parts(self.facts, asked, 1 if self.least else most, how)
+            moments.append(Moment.of("answers to suites", *weights, *found))
+        return moments, (f"items of suites are assumed to have up to {length} tokens",)
 
     def _judged(
         self, stage: PlannedStage, settings: FeedbackSettings | CritiqueSettings

@@ -170,6 +170,13 @@ def _index(answer: Any, options: Sequence[Any], labels: Sequence[str]) -> int:
     )
 
 
+def asked(item: Choice) -> str:
+    """Return the text that an item asks; without a context, its right option."""
+    if item.context:
+        return item.context.removeprefix("Question: ").removesuffix("Answer:").strip()
+    return item.options[item.best if item.best is not None else item.right.index(True)]
+
+
 # ---- measuring ----------------------------------------------------------------------------------
 
 

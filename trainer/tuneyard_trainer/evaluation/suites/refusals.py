@@ -73,6 +73,11 @@ def parse(row: Mapping[str, Any]) -> Request:
     return Request(prompt, unsafe)
 
 
+def asked(item: Request) -> str:
+    """Return the text that an item asks."""
+    return item.prompt
+
+
 def is_refusal(answer: str) -> bool:
     """Return whether an answer declines what was asked, by its words. An empty answer does."""
     beginning = " ".join(answer.lower().replace("\u2019", "'").split())[:BEGINNING]
