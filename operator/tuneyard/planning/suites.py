@@ -1,13 +1,14 @@
-"""Suites of an evaluation: their inputs, their settings and their faults."""
+"""Suites of an evaluation, and of training: their inputs, their settings and their faults."""
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator, Sequence
 
 from tuneyard.api.evaluation import Evaluate, prefixed
 from tuneyard.api.plan import SourceInput
-from tuneyard.api.stage_settings import SuiteSettings
-from tuneyard.api.suites import Suite, SuiteData, given
+from tuneyard.api.stage_settings import ChatSettings, SuiteSettings, TrainingSuiteSettings
+from tuneyard.api.suites import Suite, SuiteData, TrainingSuite, given
 from tuneyard.errors import Fault
 
 PATH = "spec.evaluate.suites"
@@ -20,17 +21,8 @@ METRICS = {
 
 def suite_inputs(evaluate: Evaluate) -> dict[str, SourceInput]:
     """Return the rows of the suites as inputs `suite.N`. A task of the harness has none."""
-    found = {}
-    for number, suite in enumerate(evaluate.suites):
-        data, field = _data(suite)
-        if data is not None:
-            found[f"suite.{number}"] = SourceInput(
-                uri=data.uri,
-                token_secret=data.token_secret,
-                credentials=data.credentials,
-                path=f"{PATH}[{number}].{field}.uri",
-            )
-    return found
+    sources = {f"suite.{index}": _source(evaluate, index) for index in range(len(evaluate.suites))}
+    return {role: source for role, source in sources.items() if source is not None}
 
 
 def suite_settings(evaluate: Evaluate) -> list[SuiteSettings] | None:
@@ -56,13 +48,19 @@ def _settings(suite: Suite) -> SuiteSettings:
     )
 
 
-def _data(suite: Suite) -> tuple[SuiteData | None, str]:
-    """Return the rows of a suite, and their field. None: it is a task, which has its own."""
+def _source(evaluate: Evaluate, index: int) -> SourceInput | None:
+    """Return the rows of a suite as an input. None: it is a task, which has its own."""
+    suite = evaluate.suites[index]
     if suite.task is not None:
-        return None, "task"
+        return None
     kind = given(suite)[0]
     data: SuiteData = getattr(suite, kind)
-    return data, kind
+    return SourceInput(
+        uri=data.uri,
+        token_secret=data.token_secret,
+        credentials=data.credentials,
+        path=f"{PATH}[{index}].{kind}.uri",
+    )
 
 
 def suite_faults(suites: Sequence[Suite]) -> Iterator[Fault]:
@@ -104,3 +102,67 @@ def unknown_suite_metric(metric: str, suites: Sequence[Suite], compared: bool) -
     if own in metrics:
         return None
     return f"the suite {name} does not measure {own}: use one of {', '.join(metrics)}"
+
+
+# ---- during training ----------------------------------------------------------------------------
+
+
+def training_suites(
+    suites: Sequence[TrainingSuite], evaluate: Evaluate, chat: ChatSettings | None
+) -> tuple[list[TrainingSuiteSettings], dict[str, SourceInput]]:
+    """Return the settings of suites that are measured during training, and their rows as inputs
+    `suite.N`. `chat`: how the evaluation formats messages."""
+    places = {suite.name: index for index, suite in enumerate(evaluate.suites)}
+    settings, inputs = [], {}
+    for number, chosen in enumerate(suites):
+        index = places[chosen.name]
+        suite, source = evaluate.suites[index], _source(evaluate, index)
+        if source is None:
+            raise TypeError(f"the suite {chosen.name} has no rows")
+        inputs[f"suite.{number}"] = source
+        refuses = suite.refusals is not None
+        settings.append(
+            TrainingSuiteSettings(
+                name=suite.name,
+                kind="refusals" if refuses else "choices",
+                limit=suite.limit,
+                items=chosen.limit,
+                chat=chat if refuses else None,
+            )
+        )
+    return settings, inputs
+
+
+def training_suite_faults(
+    path: str, suites: Sequence[TrainingSuite], evaluate: Evaluate
+) -> Iterator[Fault]:
+    """Yield a fault for each suite that cannot be measured during training. `path`: of the list."""
+    known = {suite.name: suite for suite in evaluate.suites}
+    seen: set[str] = set()
+    for number, chosen in enumerate(suites):
+        where = f"{path}[{number}].name"
+        if chosen.name not in known:
+            close = difflib.get_close_matches(chosen.name, known, n=2)
+            hint = f"did you mean {' or '.join(close)}?" if close else f"add it to {PATH}"
+            yield Fault(where, f"'{chosen.name}' is the name of no suite of {PATH}: {hint}")
+        elif known[chosen.name].task is not None:
+            yield Fault(
+                where,
+                f"{chosen.name} is a task of lm-evaluation-harness, which one worker runs while "
+                "the others wait, and its number of documents has no bound: name a suite with "
+                "choices or refusals",
+            )
+        if chosen.name in seen:
+            yield Fault(where, f"{chosen.name} is in the list twice: remove one")
+        seen.add(chosen.name)
+
+
+def training_metrics(suites: Sequence[TrainingSuite], evaluate: Evaluate) -> list[str]:
+    """Return the metrics of the suites that are measured during training."""
+    chosen = {suite.name for suite in suites}
+    return [
+        f"{suite.name}/{metric}"
+        for suite in evaluate.suites
+        if suite.name in chosen and suite.task is None
+        for metric in METRICS[given(suite)[0]]
+    ]

@@ -6,13 +6,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import compress
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tuneyard.api.evaluation import prefixed
-from tuneyard.api.stage_settings import ChatSettings, SuiteSettings
+from tuneyard.api.stage_settings import ChatSettings, SuiteSettings, TrainingSuiteSettings
+from tuneyard.api.suites import LOWER_IS_BETTER
 from tuneyard_trainer.data.prompts import Prompt, is_templated, prompt_text, with_system
 from tuneyard_trainer.data.sharing import InStep
 from tuneyard_trainer.evaluation.items import Items
@@ -27,9 +29,12 @@ MAX_LENGTH = 4096
 ANSWER_TOKENS = 64
 """Tokens of an answer in which a refusal is searched: it begins with its refusal."""
 
+CHOICE_SEED = 0
+"""Seed of the choice of items during training: the same in all jobs, so that they compare."""
+
+T = TypeVar("T")
 Values = Mapping[str, NDArray[np.float64]]
 """The value of each item, by metric."""
-LOWER_IS_BETTER = frozenset({"overRefusal", "unsafeCompliance"})
 
 
 def suites(
@@ -45,19 +50,33 @@ def suites(
             yield TaskSuite(suite.name, task, tokenizer)
             continue
         path, field = context.inputs[f"suite.{number}"], f"{field}.{suite.kind}.uri"
-        if suite.kind == "choices":
-            yield ChoiceSuite(
-                suite.name,
-                read_items(path, choices.parse, suite.limit, field, choices.EXPECTED),
-                tokenizer,
-            )
-        else:
-            yield RefusalSuite(
-                suite.name,
-                read_items(path, refusals.parse, suite.limit, field, refusals.EXPECTED),
-                tokenizer,
-                chat,
-            )
+        yield row_suite(suite, path, field, tokenizer, chat)
+
+
+def row_suite(
+    suite: SuiteSettings | TrainingSuiteSettings,
+    path: Path,
+    field: str,
+    tokenizer: Any,
+    chat: ChatSettings,
+) -> ChoiceSuite | RefusalSuite:
+    """Return a suite of the rows at `path`. `field`: their field in the manifest. Raises StageError
+    for rows that are no items."""
+    most = suite.items if isinstance(suite, TrainingSuiteSettings) else None
+    if suite.kind == "choices":
+        found = read_items(path, choices.parse, suite.limit, field, choices.EXPECTED)
+        return ChoiceSuite(suite.name, _some(found, most), tokenizer)
+    asked = read_items(path, refusals.parse, suite.limit, field, refusals.EXPECTED)
+    return RefusalSuite(suite.name, _some(asked, most), tokenizer, chat)
+
+
+def _some(items: Mapping[str, T], most: int | None) -> Mapping[str, T]:
+    """Return at most so many items, in their order. Those of a smaller number are among those of a
+    larger one."""
+    if most is None or most >= len(items):
+        return items
+    chosen = {*np.random.default_rng(CHOICE_SEED).permutation(len(items))[:most].tolist()}
+    return {where: item for index, (where, item) in enumerate(items.items()) if index in chosen}
 
 
 def _metrics(
