@@ -284,8 +284,10 @@ DEFENDED = changed(
     MINIMAL,
     {
         "spec.data.validation": {"fraction": 0.1},
+        "spec.evaluate.suites": [{"name": "sense", "choices": {"uri": "pvc://data/sense.jsonl"}}],
         "spec.training": {
             "bestBy": "generalLoss",
+            "suites": [{"name": "sense", "limit": 50}],
             "preserve": {
                 "data": [{"uri": "pvc://data/general.jsonl"}],
                 "l2Sp": {"strength": 0.1},
@@ -695,13 +697,15 @@ BROKEN_RULES = [
         "early-stopping-without-held-out-rows",
         changed(MINIMAL, {"spec.training.earlyStopping": {}}),
         "spec.training.earlyStopping",
-        "needs held-out rows: set data.validation, or remove training.earlyStopping",
+        "needs held-out rows: set data.validation, or training.bestBy to a metric of a suite, or "
+        "remove training.earlyStopping",
     ),
     BrokenRule(
         "early-stopping-without-held-out-rows-before-alignment",
         changed(DPO, {"spec.sft.training.earlyStopping": {}}),
         "spec.sft.training.earlyStopping",
-        "needs held-out rows: set data.validation, or remove training.earlyStopping",
+        "needs held-out rows: set data.validation, or training.bestBy to a metric of a suite, or "
+        "remove training.earlyStopping",
     ),
     BrokenRule(
         "gates-without-held-out-rows",
