@@ -330,6 +330,7 @@ DPO = job(
 DPO_BY_TRL = changed(
     DPO,
     {
+        "spec.evaluate.suites": [{"name": "sense", "choices": {"uri": "file://sense.jsonl"}}],
         "spec.adapter": ABSENT,
         "spec.optimize.dpo.training": {
             "engine": "trl",
@@ -347,6 +348,7 @@ DPO_BY_TRL = changed(
             "evaluationSteps": 50,
             "earlyStopping": {"patience": 2},
             "keepBest": True,
+            "suites": [{"name": "sense", "limit": 50}],
             "bestBy": "preferenceAccuracy",
             "checkpointSteps": 100,
             "seed": 3,
@@ -500,9 +502,17 @@ DISTILL = job(
     output: {uri: "file://out"}
     """,
 )
+SENSE = {"name": "sense", "choices": {"uri": "file://sense.jsonl"}}
 DISTILL_STEPS = changed(
     DISTILL,
-    {"spec.optimize.distill.training": {"maxSteps": 10, "bestBy": "validationLoss"}},
+    {
+        "spec.evaluate.suites": [SENSE],
+        "spec.optimize.distill.training": {
+            "maxSteps": 10,
+            "bestBy": "validationLoss",
+            "suites": [{"name": "sense"}],
+        },
+    },
 )
 RULE_REWARD = changed(RLOO, {"spec.rewardModel.rule": {"jsonSchema": "{}"}})
 
