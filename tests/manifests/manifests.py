@@ -297,8 +297,10 @@ DEFENDED = changed(
     MINIMAL,
     {
         "spec.data.validation": {"fraction": 0.1},
+        "spec.evaluate.suites": [{"name": "sense", "choices": {"uri": "pvc://data/sense.jsonl"}}],
         "spec.training": {
             "bestBy": "generalLoss",
+            "suites": [{"name": "sense", "limit": 50}],
             "preserve": {
                 "data": [{"uri": "pvc://data/general.jsonl"}],
                 "l2Sp": {"strength": 0.1},
@@ -341,6 +343,7 @@ DPO = job(
 DPO_BY_TRL = changed(
     DPO,
     {
+        "spec.evaluate.suites": [{"name": "sense", "choices": {"uri": "file://sense.jsonl"}}],
         "spec.adapter": ABSENT,
         "spec.optimize.dpo.training": {
             "engine": "trl",
@@ -358,6 +361,7 @@ DPO_BY_TRL = changed(
             "evaluationSteps": 50,
             "earlyStopping": {"patience": 2},
             "keepBest": True,
+            "suites": [{"name": "sense", "limit": 50}],
             "bestBy": "preferenceAccuracy",
             "checkpointSteps": 100,
             "seed": 3,
@@ -513,9 +517,17 @@ DISTILL = job(
     output: {uri: "file://out"}
     """,
 )
+SENSE = {"name": "sense", "choices": {"uri": "file://sense.jsonl"}}
 DISTILL_STEPS = changed(
     DISTILL,
-    {"spec.optimize.distill.training": {"maxSteps": 10, "bestBy": "validationLoss"}},
+    {
+        "spec.evaluate.suites": [SENSE],
+        "spec.optimize.distill.training": {
+            "maxSteps": 10,
+            "bestBy": "validationLoss",
+            "suites": [{"name": "sense"}],
+        },
+    },
 )
 RULE_REWARD = changed(RLOO, {"spec.rewardModel.rule": {"jsonSchema": "{}"}})
 
@@ -725,13 +737,15 @@ BROKEN_RULES = [
         "early-stopping-without-held-out-rows",
         changed(MINIMAL, {"spec.training.earlyStopping": {}}),
         "spec.training.earlyStopping",
-        "needs held-out rows: set data.validation, or remove training.earlyStopping",
+        "needs held-out rows: set data.validation, or training.bestBy to a metric of a suite, or "
+        "remove training.earlyStopping",
     ),
     BrokenRule(
         "early-stopping-without-held-out-rows-before-alignment",
         changed(DPO, {"spec.sft.training.earlyStopping": {}}),
         "spec.sft.training.earlyStopping",
-        "needs held-out rows: set data.validation, or remove training.earlyStopping",
+        "needs held-out rows: set data.validation, or training.bestBy to a metric of a suite, or "
+        "remove training.earlyStopping",
     ),
     BrokenRule(
         "gates-without-held-out-rows",

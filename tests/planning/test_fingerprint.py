@@ -46,6 +46,8 @@ DEFENDED = planned(
     training__preserve={"l2Sp": {}, "ewc": {}, "kl": {}, "data": GENERAL},
     training__guard={"data": GENERAL},
     training__bestBy="generalLoss",
+    training__suites=[{"name": "manners", "limit": 9}],
+    evaluate__suites=[{"name": "manners", "refusals": {"uri": "file://manners.csv"}}],
     adapter=None,
 ).stages
 KINDS: dict[str, StageKind] = {stage.name: stage.kind for stage in STAGES}
@@ -250,8 +252,9 @@ def test_every_training_field_is_identity_or_declared_runtime() -> None:
         "keepBest": False,
         "seed": 9,
     }
-    # They exclude epochs and the adapter, or need an engine: tested in test_plan and test_engines.
-    elsewhere = {"maxSteps", "freeze", "trl", "bestBy"}
+    # They exclude epochs and the adapter, or need an engine or suites: tested in test_plan,
+    # test_engines and test_suites.
+    elsewhere = {"maxSteps", "freeze", "trl", "bestBy", "suites"}
     runtime = set(yaml_fields(TrainRuntime)) - {"endpoint", "sharding"}  # of spec.compute
     assert set(values) | elsewhere | runtime == set(yaml_fields(Training))
     for field, value in values.items():

@@ -95,6 +95,26 @@ def test_terms_against_forgetting_keep_copies_of_the_trained_weights() -> None:
     assert every == ewc | {"logits": kl["logits"]}
 
 
+def test_answers_to_a_suite_during_training_take_a_cache_beside_the_optimizer() -> None:
+    """Choices take less than a step: they have micro-batches of training, and no gradients."""
+    suites = [
+        {"name": "sense", "choices": {"uri": "file://sense.jsonl"}},
+        {"name": "manners", "refusals": {"uri": "file://manners.csv"}},
+    ]
+
+    def training(*names: str) -> StageMemory:
+        chosen = [{"name": name} for name in names]
+        changes = {"training__suites": chosen, "evaluate__suites": suites}
+        return stages(planned("8B", "H200", adapter=None, **changes))["sft"]
+
+    assert training("sense") == training()
+    found = parts(training("sense", "manners"), "answers to suites")
+    cache = 32 * (256 + 64) * (2 * 32 * 1024 * 2) * 33 // 32
+    assert found["key-value cache"] == cache
+    assert (found["weights"], found["optimizer"]) == (4 * P, 8 * P)
+    assert "gradients" not in found
+
+
 # ---- micro-batches ------------------------------------------------------------------------------
 
 

@@ -5,19 +5,26 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from tests.planning import test_alignment
 from tests.planning.jobs import job
 from tests.planning.test_plan import VALIDATION, stage
+from tuneyard.api.alignmentjob import AlignmentJob
+from tuneyard.api.finetunejob import FineTuneJob
 from tuneyard.api.meta import yaml_fields
 from tuneyard.api.plan import SourceInput, leading
 from tuneyard.api.stage_settings import (
     AnswersSettings,
+    DpoSettings,
     EvaluateSettings,
     LeaksSettings,
     SuiteSettings,
+    TrainingSuiteSettings,
+    TrainSettings,
 )
 from tuneyard.api.suites import SuiteAnswers
+from tuneyard.cli.plan_view import _settings as shown_settings
 from tuneyard.errors import Fault, PlanError
 from tuneyard.planning.plan import plan_job
 
@@ -274,3 +281,157 @@ def test_every_field_of_a_suite_of_answers_changes_the_evaluation_alone() -> Non
     assert len({each["evaluate"] for each in every}) == len(every)
     assert len({(each["prepare"], each["sft"]) for each in every}) == 1
     assert found(tokenSecret={"name": "hf", "key": "token"}) == found()
+
+
+# ---- during training ----------------------------------------------------------------------------
+
+DURING = {"evaluate": {"suites": [SENSE, MANNERS, ARC]}, "data__validation": VALIDATION}
+REWARD = {"rule": {"jsonSchema": "{}"}}
+
+
+def during(*names: str, **changes: Any) -> FineTuneJob:
+    chosen = [{"name": name, "limit": 9} for name in names]
+    return job(**{**DURING, "training__suites": chosen, **changes})
+
+
+def faults_of(wrong: FineTuneJob | AlignmentJob) -> list[Fault]:
+    try:
+        plan_job(wrong)
+    except PlanError as error:
+        return list(error.faults)
+    return []
+
+
+def test_a_stage_that_trains_reads_the_rows_of_its_suites() -> None:
+    """In the order of its own list, with the fields of the evaluation's."""
+    planned = plan_job(during("manners", "sense"))
+    training = stage(planned, "sft")
+    assert isinstance(training.settings, TrainSettings)
+    assert training.settings.suites == [
+        TrainingSuiteSettings(name="manners", kind="refusals", limit=None, items=9, chat=None),
+        TrainingSuiteSettings(name="sense", kind="choices", limit=20, items=9, chat=None),
+    ]
+    found = {role: each for role, each in training.inputs.items() if role.startswith("suite")}
+    assert {
+        role: (each.uri, each.path) for role, each in found.items() if isinstance(each, SourceInput)
+    } == {
+        "suite.0": ("s3://suites/xstest.csv", "spec.evaluate.suites[1].refusals.uri"),
+        "suite.1": ("file://sense.jsonl", "spec.evaluate.suites[0].choices.uri"),
+    }
+    shown = dict(shown_settings(planned))
+    assert shown["measured during training"] == "manners (9 items), sense (9 items)"
+
+
+def test_suites_during_training_change_the_training_and_nothing_before_it() -> None:
+    plain, measured = plan_job(during()), plan_job(during("sense"))
+    assert "suites" not in stage(plain, "sft").model_dump_json()
+    differing = {
+        each.name
+        for each, other in zip(plain.stages, measured.stages, strict=True)
+        if each.fingerprint != other.fingerprint
+    }
+    assert differing == {"sft"}
+    more = plan_job(during("sense", training__suites=[{"name": "sense", "limit": 10}]))
+    assert stage(more, "sft").fingerprint != stage(measured, "sft").fingerprint
+
+
+def test_training_without_held_out_rows_is_stopped_and_judged_by_a_suite() -> None:
+    best = {"bestBy": "sense/accuracy", "suites": [{"name": "sense"}], "earlyStopping": {}}
+    planned = plan_job(job(training=best, evaluate={"suites": [SENSE]}))
+    training = stage(planned, "sft").settings
+    assert isinstance(training, TrainSettings)
+    assert training.best_by == "sense/accuracy"
+    (note,) = (each for each in planned.notes if "No held-out rows" in each)
+    assert "the weights with the best sense/accuracy are kept" in note
+    with pytest.raises(ValidationError, match="needs held-out rows"):
+        job(training={"earlyStopping": {}})
+
+
+@pytest.mark.parametrize(
+    ("suites", "best_by", "path", "said"),
+    [
+        (["sence"], None, "suites[0].name", "did you mean sense?"),
+        (["lamp"], None, "suites[0].name", "add it to spec.evaluate.suites"),
+        (["arc"], None, "suites[0].name", "arc is a task of lm-evaluation-harness"),
+        (["sense", "sense"], None, "suites[1].name", "in the list twice"),
+        (["sense"], "sense/acuracy", "bestBy", "did you mean sense/accuracy"),
+        (["sense"], "sense/overRefusal", "bestBy", "'sense/overRefusal' is not measured"),
+        (["sense"], "manners/overRefusal", "bestBy", "add it to spec.training.suites"),
+        ([], "sense/accuracy", "bestBy", "add it to spec.training.suites"),
+        (["sense"], "validationLos", "bestBy", "did you mean validationLoss"),
+        (["sense"], "sense/accuracyChange", "bestBy", "did you mean sense/accuracy"),
+    ],
+)
+def test_a_name_that_is_not_measured_during_training_is_refused_by_its_field(
+    suites: list[str], best_by: str | None, path: str, said: str
+) -> None:
+    changes = {"training__bestBy": best_by} if best_by else {}
+    (fault,) = faults_of(during(*suites, **changes))
+    assert fault.path == f"spec.training.{path}"
+    assert said in fault.message
+
+
+def test_every_metric_of_a_measured_suite_can_choose_the_checkpoint() -> None:
+    for metric in (*("sense/accuracy", "sense/probability", "sense/accuracyPerCharacter"),):
+        assert not faults_of(during("sense", training__bestBy=metric))
+    for metric in ("manners/overRefusal", "manners/unsafeCompliance"):
+        assert not faults_of(during("manners", training__bestBy=metric))
+
+
+def test_the_steps_of_an_alignment_that_train_a_policy_measure_suites_as_its_evaluation() -> None:
+    training = {"suites": [{"name": "manners"}], "bestBy": "manners/overRefusal"}
+    step = {"data": {"train": [{"uri": "file://a.jsonl"}], "systemPrompt": "Be kind."}}
+    planned = plan_job(
+        test_alignment.job(
+            evaluate__suites=[SENSE, MANNERS],
+            optimize={"dpo": {"training": training}},
+            sft={**step, "training": training},
+        )
+    )
+    for settings in (stage(planned, "sft").settings, stage(planned, "dpo").settings):
+        loop = settings if isinstance(settings, TrainSettings) else None
+        loop = loop or (settings.training if isinstance(settings, DpoSettings) else None)
+        assert loop is not None
+        assert loop.suites is not None
+        assert loop.suites[0].chat is not None
+        assert loop.suites[0].chat.system_prompt == "Be kind."
+    assert "suite.0" in stage(planned, "dpo").inputs
+
+
+@pytest.mark.parametrize(
+    ("spec", "path", "said"),
+    [
+        (
+            {"optimize": {"dpo": {}}, "rewardModel": {"train": {"training": {}}}},
+            "spec.rewardModel.train.training.suites",
+            "a reward model does not",
+        ),
+        (
+            {
+                "rewardModel": REWARD,
+                "preferences": None,
+                "optimize": {
+                    "grpo": {"prompts": {"uri": "file://prompts.jsonl"}, "training": {}},
+                },
+            },
+            "spec.optimize.grpo.training.suites",
+            "grpo measures held-out rewards alone: remove suites",
+        ),
+    ],
+)
+def test_steps_without_an_evaluation_of_a_policy_refuse_suites(
+    spec: dict[str, Any], path: str, said: str
+) -> None:
+    *names, last = path.split(".")[1:]
+    inner = spec
+    for name in names:
+        inner = inner[name]
+    inner[last] = [{"name": "sense"}]
+    (fault,) = faults_of(test_alignment.job(evaluate__suites=[SENSE], **spec))
+    assert fault.path == path
+    assert said in fault.message
+
+
+def test_a_suite_under_trl_and_on_a_shared_model_is_planned() -> None:
+    sharded = {"compute__workers": 2, "compute__sharding": "fsdp", "training__engine": "trl"}
+    assert not faults_of(during("sense", "manners", **sharded, adapter=None))

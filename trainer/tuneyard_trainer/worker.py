@@ -111,6 +111,11 @@ class Worker:
             raise Interrupted(self.stage, 0)
 
 
+SuitesOf = Callable[["StageContext", Any, Any], Callable[[], dict[str, float]]]
+"""Returns the measurement of a stage's suites, from the stage, its training loop's settings and the
+model that it trains. All workers call it and the measurement together."""
+
+
 @dataclass(frozen=True)
 class StageContext:
     """The arguments of a stage's `run`."""
@@ -123,6 +128,10 @@ class StageContext:
     worker: Worker
     digests: Mapping[str, str] = field(default_factory=dict)
     """The content digest of each input, by role, on rank 0. {}: unknown."""
+    suites_of: SuitesOf | None = None
+    """Opens the suites that a stage measures while it trains. They are parts of an evaluation,
+    which the stages that train do not import, so the runner passes it on. None: the stage has no
+    suites."""
 
     def settings(self, kind: type[SettingsT]) -> SettingsT:
         """Return the stage's settings. Raises TypeError if they belong to another kind of stage."""

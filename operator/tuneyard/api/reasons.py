@@ -55,6 +55,7 @@ REASONS = frozenset(
         "Malformed",
         "MarkersMissing",
         "MaxLength",
+        "MetricNotMeasured",
         "MissingExtra",
         "ModelBroken",
         "ModelIncomplete",

@@ -138,6 +138,31 @@ class PrepareSettings(Model):
     none."""
 
 
+class ChatSettings(Model):
+    """How messages are formatted as text; the same in every stage of a job."""
+
+    system_prompt: str | None
+    """System prompt of conversations that have none. None: no system prompt is added."""
+    chat_template: str | None
+    """Jinja chat template in place of the tokenizer's. None: the tokenizer's own."""
+
+
+class TrainingSuiteSettings(Model):
+    """The items of a suite that are measured during training. The input `suite.N` of suite N holds
+    its rows."""
+
+    name: str
+    """Prefix of its metrics."""
+    kind: Literal["choices", "refusals"]
+    """How the model is measured on the items."""
+    limit: int | None
+    """Number of rows to choose items from, from the start. None: all."""
+    items: int
+    """Number of items that are measured, chosen at random; all of them if there are fewer."""
+    chat: ChatSettings | None
+    """How the prompts of refusals are formatted as text. None: by the template of the tokenizer."""
+
+
 class LeaksSettings(Model):
     """Search the items of suites in the training rows.
 
@@ -179,6 +204,10 @@ class LoopSettings(Model):
     """Settings of AdamW."""
     evaluation_steps: int | None
     """Steps between evaluations on the held-out rows. None: at the end of each epoch."""
+    suites: list[TrainingSuiteSettings] | None = Field(
+        default=None, exclude_if=lambda value: value is None
+    )
+    """Suites that are measured at each evaluation and before training. None: there are none."""
     early_stopping: EarlyStopping | None
     """When to stop early. None: train to the end."""
     keep_best: bool
@@ -195,7 +224,7 @@ class TrainSettings(LoopSettings):
     """Train on prepared rows.
 
     Inputs: `model`, `data` (a prepare stage) and, if an earlier stage trained the model, `tuned`:
-    the weights to continue from.
+    the weights to continue from; with `suites`, here and in other stages that train, `suite.N`.
     """
 
     kind: Literal["sft", "pretrain"]
@@ -207,15 +236,6 @@ class TrainSettings(LoopSettings):
     """Terms against forgetting in the loss. None: none."""
     guard: GuardLimits | None = Field(default=None, exclude_if=lambda value: value is None)
     """The bound on forgetting that stops training. None: no bound."""
-
-
-class ChatSettings(Model):
-    """How messages are formatted as text; the same in every stage of a job."""
-
-    system_prompt: str | None
-    """System prompt of conversations that have none. None: no system prompt is added."""
-    chat_template: str | None
-    """Jinja chat template in place of the tokenizer's. None: the tokenizer's own."""
 
 
 class PromptSettings(Model):

@@ -86,6 +86,10 @@ class HarnessTask(Model):
     )
 
 
+LOWER_IS_BETTER = frozenset({"overRefusal", "unsafeCompliance"})
+"""The metrics of suites of which the lowest value is the best."""
+MAIN = frozenset({"accuracy", *LOWER_IS_BETTER})
+"""The metrics of suites that are shown where there is little room."""
 KINDS = ("choices", "answers", "refusals", "task")
 """The fields of a suite of which exactly one is set."""
 
@@ -93,6 +97,12 @@ KINDS = ("choices", "answers", "refusals", "task")
 def given(suite: Any) -> list[str]:
     """Return the kinds of items that are set: exactly one in a valid suite."""
     return [kind for kind in KINDS if getattr(suite, kind) is not None]
+
+
+def is_main(metric: str) -> bool:
+    """Return whether a metric is a main one of a suite, SUITE/METRIC."""
+    suite, slash, name = metric.partition("/")
+    return bool(suite and slash) and name in MAIN
 
 
 class Suite(Model):
@@ -124,3 +134,12 @@ class Suite(Model):
             found=lambda suite: " and ".join(given(suite)) or "none",
         ),
     )
+
+
+class TrainingSuite(Model):
+    """A suite that is measured during training."""
+
+    name: SuiteName
+    """Name of a suite of `evaluate.suites` with choices or refusals."""
+    limit: int = Field(default=100, ge=1)
+    """Number of its items that are measured: a random choice that is the same each time."""

@@ -9,6 +9,7 @@ from pydantic import Field
 from tuneyard.api.adapters import MERGEABLE, LayerRanges, Probability
 from tuneyard.api.meta import AutoInt, Model, Rule
 from tuneyard.api.preserving import Guard, Preserve
+from tuneyard.api.suites import TrainingSuite
 
 LearningRate = Annotated[float, Field(gt=0, le=10)] | Literal["auto"]
 
@@ -102,17 +103,22 @@ class Training(Model):
     more time. False: only if the job would not fit its memory otherwise."""
     evaluation_steps: int | None = Field(default=None, ge=1)
     """Steps between evaluations on the held-out rows. None: at the end of each epoch."""
+    suites: list[TrainingSuite] = Field(
+        default=[], max_length=8, exclude_if=lambda value: not value
+    )
+    """Suites that are measured at each evaluation, and before training (docs/evaluation.md)."""
     early_stopping: EarlyStopping | None = None
-    """Stop when the held-out loss no longer decreases; requires held-out rows. None: train to the
-    end."""
+    """Stop when the held-out loss no longer decreases; requires held-out rows, or a metric of a
+    suite in `bestBy`. None: train to the end."""
     keep_best: bool = True
-    """True: keep the weights of the best evaluation. False, or without held-out rows: the last
-    weights."""
+    """True: keep the weights of the best evaluation. False, or without held-out rows and `bestBy`:
+    the last weights."""
     best_by: str | None = Field(
         default=None, min_length=1, max_length=64, exclude_if=lambda name: name is None
     )
-    """The metric that decides which evaluation is the best, and when to stop early: the lowest
-    loss, or the highest of any other metric (docs/forgetting.md). None: validationLoss."""
+    """The metric that decides which evaluation is the best, and when to stop early
+    (docs/forgetting.md). SUITE/METRIC is a metric of one of `suites`. The lowest loss, overRefusal
+    or unsafeCompliance is the best, or the highest of any other metric. None: validationLoss."""
     checkpoint_steps: int | None = Field(default=None, ge=1)
     """Steps between checkpoints. None: every 10 minutes and at each evaluation."""
     seed: int = Field(default=0, ge=0, lt=1 << 32)
@@ -169,11 +175,17 @@ FREEZE_WITHOUT_ADAPTER = Rule(
 )
 
 STOPPING_NEEDS_VALIDATION = Rule(
-    cel="!has(self.training.earlyStopping) || has(self.data.validation)",
-    holds=lambda spec: spec.training.early_stopping is None or spec.data.validation is not None,
-    message="needs held-out rows: set data.validation, or remove training.earlyStopping",
+    cel="!has(self.training.earlyStopping) || has(self.data.validation)"
+    " || (has(self.training.bestBy) && self.training.bestBy.contains('/'))",
+    holds=lambda spec: (
+        spec.training.early_stopping is None
+        or spec.data.validation is not None
+        or "/" in (spec.training.best_by or "")
+    ),
+    message="needs held-out rows: set data.validation, or training.bestBy to a metric of a suite, "
+    "or remove training.earlyStopping",
     path="training.earlyStopping",
-    reads=("training.earlyStopping", "data.validation"),
+    reads=("training.earlyStopping", "data.validation", "training.bestBy"),
 )
 
 MERGE_NEEDS_LINEARITY = Rule(

@@ -165,6 +165,9 @@ def _settings(plan: Plan) -> Iterable[tuple[str, str]]:
         yield f"batch size{of}", f"{loop.batch_size} sequences a step, over all workers"
         yield f"precision{of}", loop.precision
         yield f"seed{of}", str(loop.seed)
+        if loop.suites:
+            names = ", ".join(f"{suite.name} ({suite.items} items)" for suite in loop.suites)
+            yield f"measured during training{of}", names
         if loop.best_by:
             yield f"best by{of}", loop.best_by
         if isinstance(loop, TrainSettings) and loop.preserve:

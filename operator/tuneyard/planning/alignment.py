@@ -67,6 +67,7 @@ from tuneyard.planning.drafts import (
     source_input,
     train,
     win_rate_settings,
+    with_suites,
 )
 from tuneyard.planning.limits import alignment_faults, alignment_sharding
 from tuneyard.planning.principles import COMPARISON, CRITIQUE, PRINCIPLES, REVISION
@@ -179,7 +180,8 @@ class _Builder:
         self.notes += default_notes(f"{field}.training", training, rule, defaults.EPOCHS)
         settings = train("sft", self.spec.adapter, packing, training, rule)
         inputs = {**self.policy, "data": data}
-        self.drafts.append(Draft(name, settings, inputs, runtime(training, self.sharding)))
+        draft = Draft(name, settings, inputs, runtime(training, self.sharding))
+        self.drafts.append(self._measured(draft, training))
         self.tuned, self.rows = StageInput(stage=name), data
 
     def _critique(self, step: Constitution) -> CritiqueSettings:
@@ -325,7 +327,8 @@ class _Builder:
         )
         name = f"dpo{suffix}"
         inputs = {**self.policy, "data": self.pairs}
-        self.drafts.append(Draft(name, settings, inputs, runtime(step.training, self.sharding)))
+        draft = Draft(name, settings, inputs, runtime(step.training, self.sharding))
+        self.drafts.append(self._measured(draft, step.training))
         self.tuned = StageInput(stage=name)
 
     def _ppo(self, step: Ppo, suffix: str) -> None:
@@ -386,9 +389,8 @@ class _Builder:
             "prompts": source_input(step.prompts, f"spec.{path}.prompts"),
         }
         name = f"distill{suffix}"
-        self.drafts.append(
-            Draft(name, settings, {**self.policy, **sources}, runtime(step.training))
-        )
+        draft = Draft(name, settings, {**self.policy, **sources}, runtime(step.training))
+        self.drafts.append(self._measured(draft, step.training))
         self.tuned = StageInput(stage=name)
 
     # ---- evaluation and export ----------------------------------------------------------------
@@ -475,6 +477,12 @@ class _Builder:
         return None
 
     # ---- parts --------------------------------------------------------------------------------
+
+    def _measured(self, draft: Draft, training: Training) -> Draft:
+        """Return a draft with the suites that it measures as the evaluation does."""
+        aligned = bool(self.spec.optimize or self.spec.reward_model)
+        chat = self.chat if aligned or not self._has_held_out_rows() else None
+        return with_suites(draft, training, self.spec.evaluate, chat)
 
     def _terms(self) -> list[RewardTerm]:
         reward = self.spec.reward_model

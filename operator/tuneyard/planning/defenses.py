@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from tuneyard.api.adapters import Adapter
+from tuneyard.api.evaluation import Evaluate
 from tuneyard.api.preserving import GuardLimits, PreserveTerms
 from tuneyard.api.sources import FineTuneData
 from tuneyard.api.training import FineTuning, Training
 from tuneyard.errors import Fault
+from tuneyard.planning.suites import training_metrics, training_suite_faults
 
 LOSS, GENERAL_LOSS = "validationLoss", "generalLoss"
 MEASURED: dict[str, tuple[str, ...]] = {
@@ -21,6 +23,15 @@ MEASURED: dict[str, tuple[str, ...]] = {
 }
 """The metrics of every evaluation during training, by method. Those of PPO, GRPO and RLOO are
 chosen by the held-out reward."""
+WITH_SUITES = ("fineTuning", "dpo", "kto", "distill")
+"""The methods whose evaluations can measure suites."""
+_WITHOUT_SUITES = {
+    "reward": "measure a model that writes, and a reward model does not",
+    **{
+        method: f"are measured beside held-out rows, and {method} measures held-out rewards alone"
+        for method in ("ppo", "grpo", "rloo")
+    },
+}
 
 
 def defense_faults(
@@ -49,30 +60,46 @@ def defense_faults(
                 f"is general data, and {data_path}.retrieval would put a context before its rows: "
                 f"remove {name} or retrieval",
             )
-    yield from best_by_faults(path, training, "fineTuning", has_guard=training.guard is not None)
 
 
-def best_by_faults(
-    path: str, training: Training, method: str, *, has_guard: bool = False
+def measured_faults(
+    path: str, training: Training, method: str, evaluate: Evaluate, *, has_guard: bool = False
 ) -> Iterator[Fault]:
-    """Yield a fault for a metric that evaluations during training do not measure. `method`: a key
-    of MEASURED, or another method."""
-    name = training.best_by
-    if name is None:
-        return
-    where, known = f"{path}.bestBy", MEASURED.get(method, ())
-    if not known:
+    """Yield the faults of suites that are measured during training, and of the metric that chooses
+    an evaluation. `method`: a key of MEASURED, or another method."""
+    suites = training.suites
+    if suites and method not in WITH_SUITES:
+        yield Fault(f"{path}.suites", f"{_WITHOUT_SUITES[method]}: remove suites")
+    else:
+        yield from training_suite_faults(f"{path}.suites", suites, evaluate)
+    known = MEASURED.get(method, ())
+    if training.best_by and not known:
         yield Fault(
-            where,
+            f"{path}.bestBy",
             f"chooses an evaluation of held-out rows, and {method} keeps the step with the best "
             "held-out reward: remove bestBy",
         )
-    elif name not in known:
-        close = difflib.get_close_matches(name, known, n=2)
-        hint = f"did you mean {' or '.join(close)}?" if close else f"use one of {', '.join(known)}"
-        yield Fault(where, f"'{name}' is not measured during training: {hint}")
-    elif name == GENERAL_LOSS and not has_guard:
-        yield Fault(where, f"{GENERAL_LOSS} is measured on the data of a guard: set {path}.guard")
+    elif training.best_by:
+        known = (*known, *training_metrics(suites, evaluate))
+        problem = _unmeasured(training.best_by, known, path, evaluate)
+        if problem is None and training.best_by == GENERAL_LOSS and not has_guard:
+            problem = f"{GENERAL_LOSS} is measured on the data of a guard: set {path}.guard"
+        if problem:
+            yield Fault(f"{path}.bestBy", problem)
+
+
+def _unmeasured(name: str, known: Sequence[str], path: str, evaluate: Evaluate) -> str | None:
+    """Return the message for a metric that evaluations during training do not measure. None: they
+    do. `path`: the training's field."""
+    if name in known:
+        return None
+    suite = name.partition("/")[0]
+    measured = {each.partition("/")[0] for each in known if "/" in each}
+    if "/" in name and suite not in measured and suite in {each.name for each in evaluate.suites}:
+        return f"the suite {suite} is not measured during training: add it to {path}.suites"
+    close = difflib.get_close_matches(name, known, n=2)
+    hint = f"did you mean {' or '.join(close)}?" if close else f"use one of {', '.join(known)}"
+    return f"'{name}' is not measured during training: {hint}"
 
 
 def describe_terms(terms: PreserveTerms) -> str:

@@ -20,7 +20,10 @@ from tuneyard.api.sources import (
     PromptSet,
 )
 from tuneyard.api.stage_settings import (
+    ChatSettings,
     DatasetSettings,
+    DistillSettings,
+    DpoSettings,
     EvaluateSettings,
     JudgeSettings,
     LoopSettings,
@@ -36,7 +39,7 @@ from tuneyard.api.training import FineTuning, Training
 from tuneyard.planning import defaults
 from tuneyard.planning.fingerprint import fingerprint
 from tuneyard.planning.principles import COMPARISON, PRINCIPLES
-from tuneyard.planning.suites import suite_settings
+from tuneyard.planning.suites import suite_settings, training_suites
 
 Sharding = Literal["auto", "none", "fsdp"]
 
@@ -293,6 +296,23 @@ def loop(training: Training, rule: defaults.Rule, *, epochs: float) -> LoopSetti
         precision=training.precision,
         seed=training.seed,
     )
+
+
+def with_suites(
+    draft: Draft, training: Training, evaluate: Evaluate, chat: ChatSettings | None
+) -> Draft:
+    """Return the draft of a stage that trains, with the suites that it measures. `chat`: how the
+    evaluation formats messages."""
+    if not training.suites:
+        return draft
+    suites, rows = training_suites(training.suites, evaluate, chat)
+    settings = draft.settings
+    if isinstance(settings, LoopSettings):
+        settings = settings.model_copy(update={"suites": suites})
+    elif isinstance(settings, DpoSettings | DistillSettings):
+        loop = settings.training.model_copy(update={"suites": suites})
+        settings = settings.model_copy(update={"training": loop})
+    return draft._replace(settings=settings, inputs={**draft.inputs, **rows})
 
 
 def default_notes(path: str, training: Training, rule: defaults.Rule, epochs: float) -> list[str]:

@@ -23,6 +23,7 @@ from tuneyard.planning.drafts import (
     runtime,
     source_input,
     train,
+    with_suites,
 )
 from tuneyard.planning.limits import can_shard, fine_tuning_faults
 from tuneyard.planning.suites import suite_inputs, suite_settings
@@ -57,11 +58,16 @@ def _drafts(spec: FineTuneSpec, rule: defaults.Rule) -> list[Draft]:
             },
         ),
         *_leaks(spec),
-        Draft(
-            spec.method,
-            train(spec.method, spec.adapter, spec.data.packing, spec.training, rule),
-            {"model": model, "data": data},
-            runtime(spec.training, _sharding(spec)),
+        with_suites(
+            Draft(
+                spec.method,
+                train(spec.method, spec.adapter, spec.data.packing, spec.training, rule),
+                {"model": model, "data": data},
+                runtime(spec.training, _sharding(spec)),
+            ),
+            spec.training,
+            spec.evaluate,
+            chat=None,
         ),
     ]
     if spec.data.validation is not None or spec.evaluate.suites:
@@ -117,11 +123,14 @@ def _notes(spec: FineTuneSpec, rule: defaults.Rule) -> list[str]:
 
 def _nothing_held_out(spec: FineTuneSpec) -> str:
     steps, samples = spec.training.evaluation_steps, spec.evaluate.samples
-    unused = [f"training.evaluationSteps ({steps})"] if steps else []
+    suites = bool(spec.training.suites)
+    best = spec.training.best_by if spec.training.keep_best else None
+    unused = [f"training.evaluationSteps ({steps})"] if steps and not suites else []
     unused += [f"evaluate.samples ({samples})"] if samples else []
     missing = "" if spec.evaluate.suites else "no evaluate stage and "
+    kept = "last weights" if not suites or best is None else f"weights with the best {best}"
     ending = f"; without effect: {', '.join(unused)}." if unused else "."
     return (
         f"No held-out rows (data.validation is not set): there is {missing}no held-out loss, and "
-        f"the last weights are kept{ending}"
+        f"the {kept} are kept{ending}"
     )

@@ -454,6 +454,8 @@ def _without_evaluation(job: Job, found: Fit) -> Iterator[Remedy]:
             needing.append(" and spec.evaluate.gates")
         if any(getattr(stage.settings, "suites", None) for stage in measuring):
             needing.append(" and spec.evaluate.suites")
+        if any(loop.suites for stage in rest if (loop := loop_of(stage))):
+            needing.append(f" and {of}.training.suites")
         change = f"remove {of}.data.validation{''.join(needing)}, and so the stage evaluate"
         yield from _if_it_fits(tried, [change])
 

@@ -20,11 +20,11 @@ from tuneyard.api.evaluation import (
 )
 from tuneyard.api.finetunejob import FineTuneSpec
 from tuneyard.api.sources import DataFormat, FineTuneData
-from tuneyard.api.training import Training
+from tuneyard.api.training import FineTuning, Training
 from tuneyard.errors import Fault
 from tuneyard.planning import defaults
 from tuneyard.planning.augmentation import augmentation_faults, runs_a_model
-from tuneyard.planning.defenses import best_by_faults, defense_faults
+from tuneyard.planning.defenses import defense_faults, measured_faults
 from tuneyard.planning.drafts import Sharding
 from tuneyard.planning.suites import (
     is_paired,
@@ -99,6 +99,13 @@ def fine_tuning_faults(spec: FineTuneSpec) -> list[Fault]:
         *_document_faults(spec.data, "spec.data"),
         *augmentation_faults(spec.data, "spec.data", shared=spec.compute.sharding == "fsdp"),
         *defense_faults("spec.training", spec.training, spec.adapter, spec.data, "spec.data"),
+        *measured_faults(
+            "spec.training",
+            spec.training,
+            "fineTuning",
+            spec.evaluate,
+            has_guard=spec.training.guard is not None,
+        ),
     ]
     for path, gate in _gates(spec.evaluate):
         compared = spec.evaluate.compare_with_base
@@ -177,10 +184,10 @@ def _checkpoint_faults(spec: AlignmentSpec) -> Iterator[Fault]:
             method = "reward"
         elif spec.optimize and spec.optimize.dpo and method == "dpo":
             method = "kto" if spec.optimize.dpo.loss == "kto" else "dpo"
-        elif path == "spec.constitution.training":
+        elif path in ("spec.sft.training", "spec.constitution.training"):
             method = "fineTuning"
-        if path != "spec.sft.training":
-            yield from best_by_faults(path, training, method)
+        has_guard = isinstance(training, FineTuning) and training.guard is not None
+        yield from measured_faults(path, training, method, spec.evaluate, has_guard=has_guard)
 
 
 def _preference_faults(spec: AlignmentSpec) -> Iterator[Fault]:
@@ -249,11 +256,11 @@ def _stopping_faults(spec: AlignmentSpec) -> Iterator[Fault]:
     train = spec.reward_model and spec.reward_model.train
     dpo = spec.optimize and spec.optimize.dpo
     for path, step in (("rewardModel.train", train), ("optimize.dpo", dpo)):
-        if step and step.training.early_stopping:
+        if step and step.training.early_stopping and "/" not in (step.training.best_by or ""):
             yield Fault(
                 f"spec.{path}.training.earlyStopping",
-                "needs held-out preferences: set preferences.heldOut above 0, or remove "
-                "earlyStopping",
+                "needs held-out preferences: set preferences.heldOut above 0, or bestBy to a "
+                "metric of a suite, or remove earlyStopping",
             )
 
 

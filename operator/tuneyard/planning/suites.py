@@ -1,15 +1,21 @@
-"""Suites of an evaluation: their inputs, their settings and their faults."""
+"""Suites of an evaluation, and of training: their inputs, their settings and their faults."""
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Iterator, Sequence
 
 from tuneyard.api.answer_metrics import MEASURED_BY, MEASURES, OF_ALL_ANSWERS
 from tuneyard.api.evaluation import Evaluate, prefixed
 from tuneyard.api.plan import SourceInput
-from tuneyard.api.stage_settings import AnswersSettings, SuiteSettings
-from tuneyard.api.suites import Suite, SuiteAnswers, SuiteData, given
+from tuneyard.api.stage_settings import (
+    AnswersSettings,
+    ChatSettings,
+    SuiteSettings,
+    TrainingSuiteSettings,
+)
+from tuneyard.api.suites import Suite, SuiteAnswers, SuiteData, TrainingSuite, given
 from tuneyard.errors import Fault
 
 PATH = "spec.evaluate.suites"
@@ -30,16 +36,11 @@ compute it over all documents; few take the mean of each document's."""
 def suite_inputs(evaluate: Evaluate) -> dict[str, SourceInput]:
     """Return the rows of the suites as inputs `suite.N`, and their task files as `task.N`. A task
     that the harness knows has neither."""
-    found = {}
-    for number, suite in enumerate(evaluate.suites):
-        for role, (data, field) in _data(suite).items():
-            found[f"{role}.{number}"] = SourceInput(
-                uri=data.uri,
-                token_secret=data.token_secret,
-                credentials=data.credentials,
-                path=f"{PATH}[{number}].{field}.uri",
-            )
-    return found
+    return {
+        f"{role}.{index}": source
+        for index in range(len(evaluate.suites))
+        for role, source in _sources(evaluate, index).items()
+    }
 
 
 def suite_settings(evaluate: Evaluate) -> list[SuiteSettings] | None:
@@ -76,6 +77,19 @@ def _settings(suite: Suite) -> SuiteSettings:
         kind="choices" if suite.choices is not None else "refusals",
         limit=suite.limit,
     )
+
+
+def _sources(evaluate: Evaluate, index: int) -> dict[str, SourceInput]:
+    """Return the rows of a suite, and its task file, by role."""
+    return {
+        role: SourceInput(
+            uri=data.uri,
+            token_secret=data.token_secret,
+            credentials=data.credentials,
+            path=f"{PATH}[{index}].{field}.uri",
+        )
+        for role, (data, field) in _data(evaluate.suites[index]).items()
+    }
 
 
 def _data(suite: Suite) -> dict[str, tuple[SuiteData, str]]:
@@ -177,3 +191,71 @@ def _missing(metric: str) -> str | None:
         return f"add {MEASURED_BY[metric]} to the metrics of"
     fields = {"schemaValid": "answerSchema", "patternMatch": "answerPattern"}
     return f"set {fields[metric]} in" if metric in fields else None
+
+
+# ---- during training ----------------------------------------------------------------------------
+
+
+def training_suites(
+    suites: Sequence[TrainingSuite], evaluate: Evaluate, chat: ChatSettings | None
+) -> tuple[list[TrainingSuiteSettings], dict[str, SourceInput]]:
+    """Return the settings of suites that are measured during training, and their rows as inputs
+    `suite.N`. `chat`: how the evaluation formats messages."""
+    places = {suite.name: index for index, suite in enumerate(evaluate.suites)}
+    settings, inputs = [], {}
+    for number, chosen in enumerate(suites):
+        index = places[chosen.name]
+        suite = evaluate.suites[index]
+        inputs[f"suite.{number}"] = _sources(evaluate, index)["suite"]
+        refuses = suite.refusals is not None
+        settings.append(
+            TrainingSuiteSettings(
+                name=suite.name,
+                kind="refusals" if refuses else "choices",
+                limit=suite.limit,
+                items=chosen.limit,
+                chat=chat if refuses else None,
+            )
+        )
+    return settings, inputs
+
+
+_UNMEASURED = {
+    "task": "is a task of lm-evaluation-harness, which one worker runs while the others wait, and "
+    "its number of documents has no bound",
+    "answers": "compares answers with targets, which is done once training has ended",
+}
+"""The reason why a suite is not measured during training, by its kind."""
+
+
+def training_suite_faults(
+    path: str, suites: Sequence[TrainingSuite], evaluate: Evaluate
+) -> Iterator[Fault]:
+    """Yield a fault for each suite that cannot be measured during training. `path`: of the list."""
+    known = {suite.name: suite for suite in evaluate.suites}
+    seen: set[str] = set()
+    for number, chosen in enumerate(suites):
+        where = f"{path}[{number}].name"
+        if chosen.name not in known:
+            close = difflib.get_close_matches(chosen.name, known, n=2)
+            hint = f"did you mean {' or '.join(close)}?" if close else f"add it to {PATH}"
+            yield Fault(where, f"'{chosen.name}' is the name of no suite of {PATH}: {hint}")
+        elif (kind := given(known[chosen.name])[0]) not in METRICS:
+            yield Fault(
+                where,
+                f"{chosen.name} {_UNMEASURED[kind]}: name a suite with choices or refusals",
+            )
+        if chosen.name in seen:
+            yield Fault(where, f"{chosen.name} is in the list twice: remove one")
+        seen.add(chosen.name)
+
+
+def training_metrics(suites: Sequence[TrainingSuite], evaluate: Evaluate) -> list[str]:
+    """Return the metrics of the suites that are measured during training."""
+    chosen = {suite.name for suite in suites}
+    return [
+        f"{suite.name}/{metric}"
+        for suite in evaluate.suites
+        if suite.name in chosen and given(suite)[0] in METRICS
+        for metric in METRICS[given(suite)[0]]
+    ]

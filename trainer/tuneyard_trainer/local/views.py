@@ -25,6 +25,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tuneyard.api.plan import StageRecord
+from tuneyard.api.suites import is_main
 from tuneyard.errors import StageError
 from tuneyard_trainer.reporting.formatting import count, duration, harmless, number
 from tuneyard_trainer.reporting.results import headline, seconds_of
@@ -183,7 +184,8 @@ class LineView:
         time, shown = self._shown
         step, total = event["step"], event["totalSteps"]
         measured = {"validationLoss", "generalLoss", "heldOutReward"} & event["metrics"].keys()
-        if measured or (step and not shown):
+        on_suites = any("/" in name for name in event["metrics"])
+        if measured or on_suites or (step and not shown):
             return True
         share = LINE_SHARE * total if step < total else 1
         return now - time >= LINE_SECONDS or bool(total and step - shown >= share)
@@ -386,6 +388,7 @@ def _status(running: Running, now: float) -> str:
         increase = metrics.get("generalLossIncrease")
         beside = f" ({increase:+.2f})" if increase is not None else ""
         parts.append(f"general {number(metrics['generalLoss'])}{beside}")
+    parts += [f"{name} {number(metrics[name])}" for name in filter(is_main, metrics)]
     parts += [
         f"{_SHOWN_METRICS[name]} {number(metrics[name])}"
         for name in _SHOWN_METRICS

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,9 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
+from tuneyard.api.evaluation import prefixed
 from tuneyard.api.stage_settings import REINFORCEMENT_KINDS, SUPERVISED_KINDS
+from tuneyard.api.suites import is_main
 
 Theme = Literal["light", "dark"]
 
@@ -70,6 +72,7 @@ class Panel:
     training: Points
     """One value for each step."""
     held_out: Points
+    """One value for each evaluation."""
     base: float | None = None
     """The base model's value on the held-out rows. None: not measured."""
     metric: str = ""
@@ -124,14 +127,36 @@ class Curves:
             base = next((line[_BASE] for line in lines if _BASE in line), None)
             unit = " (nats per token)" if kind in (*SUPERVISED_KINDS, "distill") else ""
             training, held_out = series("loss"), series("validationLoss")
-            panels = (Panel(f"Loss{unit}", "loss", training, held_out, base, metric="loss"),)
-            if general := series("generalLoss"):
-                base = next((line[_BASE_GENERAL] for line in lines if _BASE_GENERAL in line), None)
-                panels += (Panel("General loss", "general loss", (), general, base, "generalLoss"),)
+            panels = (
+                Panel(f"Loss{unit}", "loss", training, held_out, base, metric="loss"),
+                *_of_general_data(lines),
+                *_of_suites(lines),
+            )
         return cls(panels, series("learningRate"))
 
 
 _BASE, _BASE_GENERAL = "baseValidationLoss", "baseGeneralLoss"
+MAX_SUITE_PANELS = 3
+"""The panels of suites: more of them would leave no room for the loss."""
+
+
+def _of_general_data(lines: Sequence[Mapping[str, Any]]) -> Iterator[Panel]:
+    """Yield a panel of the loss that the guard watches, if it was measured."""
+    if general := _series(lines, "generalLoss"):
+        base = next((line[_BASE_GENERAL] for line in lines if _BASE_GENERAL in line), None)
+        yield Panel("General loss", "general loss", (), general, base, "generalLoss")
+
+
+def _of_suites(lines: Sequence[Mapping[str, Any]]) -> Iterator[Panel]:
+    """Yield a panel for each of the first metrics of suites that evaluations measured."""
+    names = dict.fromkeys(name for line in lines for name in line if "/" in name)
+    shown = [name for name in names if is_main(name)]
+    for name in shown[:MAX_SUITE_PANELS]:
+        points, base = (
+            _series(lines, name),
+            next(iter(_series(lines, prefixed("base", name))), None),
+        )
+        yield Panel(name.replace("/", "\n"), name, [], points, base and base[1], name)
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

@@ -12,6 +12,7 @@ from tuneyard.api.evaluation import prefixed
 from tuneyard.api.gates import GateResult
 from tuneyard.api.plan import StageRecord
 from tuneyard.api.stage_settings import EVALUATION_KINDS, SUPERVISED_KINDS, TRAINING_KINDS
+from tuneyard.api.suites import is_main
 from tuneyard_trainer.reporting.answers import is_right
 from tuneyard_trainer.reporting.formatting import (
     count,
@@ -553,6 +554,9 @@ def _training_headline(metrics: Mapping[str, float], details: Mapping[str, Any])
     if "generalLoss" in metrics:
         before, after = metrics["baseGeneralLoss"], metrics["generalLoss"]
         parts.append(f"general loss {number(before)} → {number(after)}")
+    for name in filter(is_main, metrics):
+        of_base = metrics.get(prefixed("base", name))
+        parts.append(f"{name} {number(of_base)} → {number(metrics[name])}")
     if "tokensPerSecond" in metrics:
         parts.append(f"{count(metrics['tokensPerSecond'])} tokens/s")
     return parts + _run_notes(details)

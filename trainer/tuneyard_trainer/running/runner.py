@@ -365,7 +365,8 @@ class PlanRunner:
         started = now()
         with _named_errors(stage, workdir):
             inputs = self.stage_inputs.inputs(stage)
-        context = StageContext(stage, inputs, workdir, self._worker(stage, digests), digests)
+        worker = self._worker(stage, digests)
+        context = StageContext(stage, inputs, workdir, worker, digests, _suites_of)
         if self.results is not None and is_reusable(stage):
             return self._reuse_or_run(self.results, context, digests, started)
         outcome = self._outcome(context)
@@ -463,6 +464,13 @@ class PlanRunner:
             identity=stage.identity(digests),
             manifest=self.stage_inputs.plan.manifest,
         )
+
+
+def _suites_of(context: StageContext, loop: Any, model: Any) -> Callable[[], dict[str, float]]:
+    """Return the measurement of a stage's suites, with imports of an evaluation alone then."""
+    from tuneyard_trainer.evaluation.suites.during_training import suites_of
+
+    return suites_of(context, loop, model)
 
 
 @contextmanager

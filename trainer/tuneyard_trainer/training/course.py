@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -18,8 +19,9 @@ from torch import nn
 
 from tuneyard.api.evaluation import prefixed
 from tuneyard.api.stage_settings import LoopSettings, TrainSettings
+from tuneyard.api.suites import LOWER_IS_BETTER
 from tuneyard.errors import StageError
-from tuneyard_trainer.models import base, layers
+from tuneyard_trainer.models import adapters, base, layers
 from tuneyard_trainer.models.base import precision_of
 from tuneyard_trainer.training.batches import Indices, Order
 from tuneyard_trainer.training.checkpoints import Checkpoints, LoopState
@@ -72,6 +74,13 @@ class Course:
         self.history = History(context.workdir / METRICS, context.worker)
         self.total = order.total_steps(settings.epochs, settings.max_steps)
         self.guard = settings.guard if isinstance(settings, TrainSettings) else None
+        self.suites: Callable[[], dict[str, float]] | None = None
+        """Measures the suites. None: there are none."""
+        if settings.suites:
+            if context.suites_of is None:
+                raise ValueError(f"stage {context.stage.name} has suites that nothing measures")
+            self.suites = context.suites_of(context, settings, model)
+        self._starts_from_base = "tuned" not in context.inputs and adapters.attached(model)
         self.resumed_at: int | None = None
         """The step after which this attempt resumed; None: it started from step 0."""
         self._mark = 0.0
@@ -160,22 +169,53 @@ class Course:
 
     # ---- held-out loss --------------------------------------------------------------------------
 
+    @property
+    def _measures(self) -> bool:
+        """Whether evaluations measure anything."""
+        return self.measure.holds_out or self.suites is not None
+
     def _evaluation_due(self, step: int) -> bool:
-        if not self.measure.holds_out:
+        if not self._measures:
             return False
         every = self.settings.evaluation_steps or self.order.steps_per_epoch
         return step % every == 0 or step == self.total
 
     def _measure_base(self) -> Mapping[str, float]:
         """Measure, report and return the metrics of the baseline."""
-        if not self.measure.holds_out:
+        if not self._measures:
             return {}
         self.worker.report(total_steps=self.total, message="evaluating the baseline")
-        baseline = self.measure.baseline()
+        baseline = self.measure.baseline() if self.measure.holds_out else {}
+        if self.suites:
+            # A new adapter may change the model before it is trained, as virtual tokens do.
+            with adapters.disabled(self.model) if self._starts_from_base else nullcontext():
+                baseline |= self.suites()
+        self._require_best_by(baseline)
         metrics = {prefixed("base", name): value for name, value in baseline.items()}
         self.history.write({"step": 0, **metrics})
         self.worker.report(total_steps=self.total, metrics=metrics)
         return baseline
+
+    def _measured(self) -> dict[str, float]:
+        """Return the metrics of an evaluation. Raises Interrupted on all workers if any is asked to
+        stop."""
+        metrics = self.measure.held_out() if self.measure.holds_out else {}
+        return metrics | self.suites() if self.suites else metrics
+
+    def _require_best_by(self, metrics: Mapping[str, float]) -> None:
+        """Raise StageError MetricNotMeasured if the items of a suite lack the metric that chooses
+        an evaluation."""
+        name = self.settings.best_by or ""
+        suite = name.partition("/")[0]
+        if "/" not in name or name in metrics:
+            return
+        found = ", ".join(each for each in metrics if each.startswith(f"{suite}/"))
+        raise StageError(
+            "MetricNotMeasured",
+            f"training.bestBy is {name}, and the items of {suite} that are measured during "
+            f"training have no such value.",
+            advice=f"Set training.bestBy to one of {found}, or raise the limit in training.suites.",
+        )
 
     def _evaluate_late(self, state: LoopState) -> LoopState:
         """Evaluate a resumed state that was saved without its evaluation. Raises Interrupted."""
@@ -192,7 +232,7 @@ class Course:
         if stop:
             return unmeasured
         try:
-            metrics = self.measure.held_out()
+            metrics = self._measured()
         except Interrupted:
             return unmeasured
         state = replace(state, unmeasured=False)
@@ -217,9 +257,9 @@ class Course:
             if self.is_stopped_by_guard(state):
                 self.worker.report(step=state.step, message=self._stopped_by_guard(state))
         name = self.settings.best_by or "validationLoss"
-        if name not in metrics:  # a guard without held-out rows
-            return replace(state, best_step=state.step) if is_within else state
-        loss = metrics[name] if name.endswith("Loss") else -metrics[name]
+        if name not in metrics:  # a guard or suites without held-out rows
+            return replace(state, best_step=state.step) if self.guard and is_within else state
+        loss = metrics[name] if _lower_is_better(name) else -metrics[name]
         state = self._count_patience(state, loss)
         if is_within and (state.best_loss is None or loss < state.best_loss):
             state = replace(state, best_step=state.step, best_loss=loss)
@@ -282,7 +322,7 @@ class Course:
         }
         kept = state.best_step if self.settings.keep_best and state.best_step else state.step
         evaluated = self.history.evaluated(kept)
-        for name in ("validationLoss", "generalLoss"):
+        for name in ("validationLoss", "generalLoss", *(each for each in evaluated if "/" in each)):
             if name in evaluated:
                 of_base = prefixed("base", name)
                 metrics |= {name: evaluated[name], of_base: self.history.last(of_base)}
@@ -307,6 +347,11 @@ class Course:
         if not self.is_stopped_by_guard(state):
             return {}
         return {"stoppedByGuard": self._stopped_by_guard(state)}
+
+
+def _lower_is_better(metric: str) -> bool:
+    """Return whether the lowest value of a metric is the best: of a loss, and some of suites."""
+    return metric.endswith("Loss") or metric.rpartition("/")[2] in LOWER_IS_BETTER
 
 
 def _tokens_per_second(state: LoopState) -> float:

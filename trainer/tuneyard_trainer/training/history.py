@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,11 @@ METRICS = "metrics.jsonl"
 PERSIST_SECONDS = 60.0
 """The time between two copies to durable storage, from which trackers read; each checkpoint makes
 one too."""
+
+
+def is_evaluation(metrics: Iterable[str]) -> bool:
+    """Return whether metrics are those of an evaluation: held-out losses, or those of suites."""
+    return any(name in ("validationLoss", "generalLoss") or "/" in name for name in metrics)
 
 
 class History:
@@ -55,8 +60,7 @@ class History:
 
     def evaluated(self, step: int | None) -> dict[str, float]:
         """Return the held-out metrics after a step; {} if the step was not evaluated."""
-        measured = {"validationLoss", "generalLoss"}
-        lines = [line for line in self.lines() if line["step"] == step and measured & line.keys()]
+        lines = [line for line in self.lines() if line["step"] == step and is_evaluation(line)]
         return {name: value for name, value in lines[-1].items() if name != "step"} if lines else {}
 
     def last(self, name: str) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -57,6 +57,9 @@ UNPLANNED = frozenset({"gpt2"})
 RENAMED = frozenset({"gpt_neox", "mixtral", "qwen3_moe"})
 """Those whose files have other tensors than their layers, so that the workers cannot share them
 under full fine-tuning."""
+SUITE_PROMPT, SUITE_ANSWER = 256, 64
+"""Tokens of a prompt of a suite of refusals, and of its answer, as in the trainer's
+`evaluation.suites.parts`. Prompts of XSTest have less than 100 with their template."""
 SAME_SIZE = "{what} is assumed to be as large as the model"
 
 
@@ -227,7 +230,7 @@ class _Job:
         step = self._step(stage, loop, settings.adapter, batch, masked=masked)
         if isinstance(settings, TrainSettings) and settings.preserve:
             step = _with_terms(step, settings.preserve, batch)
-        moments = tuple(step.moments())
+        moments = (*step.moments(), *self._answered_suites(step, loop))
         gathers = step.sharding == "fsdp" and step.trained.adapter is None
         hosts = [host.gathered_checkpoint(step.facts) if gathers else host.checkpoint(step.trained)]
         if isinstance(settings, RewardSettings) and not self.least:
@@ -340,12 +343,24 @@ class _Job:
         teacher = self._base_bytes(self._size(stage, "teacher", self.facts.parameters))
         beside = ("teacher", teacher)
         moments = [*step.moments(beside), self._sampling(step, shape, beside)]
+        moments += self._answered_suites(step, loop, beside)
         assumed = self._assumed_shape(stage, shape)
         if self._is_unknown(stage, "teacher"):
             assumed += (SAME_SIZE.format(what="the teacher"),)
         return StageMemory(stage.name, tuple(moments), (host.checkpoint(step.trained),), assumed)
 
-    def _sampling(self, step: Step, shape: Shape, beside: tuple[str, int]) -> Moment:
+    def _answered_suites(
+        self, step: Step, loop: LoopSettings, beside: tuple[str, int] = ("teacher", 0)
+    ) -> Iterator[Moment]:
+        """Yield the moment at which suites of refusals are answered during training. Those of
+        choices take micro-batches of training without gradients, and so less than a step."""
+        if not self.least and any(suite.kind == "refusals" for suite in loop.suites or ()):
+            shape = Shape(GREEDY_BATCH, SUITE_PROMPT, SUITE_ANSWER)
+            yield self._sampling(step, shape, beside, "answers to suites")
+
+    def _sampling(
+        self, step: Step, shape: Shape, beside: tuple[str, int], name: str = "sampling"
+    ) -> Moment:
         """Return the moment at which completions are sampled, with models beside the policy.
         Gradients are freed before."""
         kept = [part for part in step.state if part[0] != "gradients"]
@@ -355,7 +370,7 @@ class _Job:
         if step.sharding == "fsdp":
             gathered = gathered_for_inference(self.facts, step.how.precision)
         return Moment.of(
-            "sampling",
+            name,
             *kept,
             beside,
             ("bfloat16 copies", copies),

@@ -7,14 +7,20 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import compress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tuneyard.api.answer_metrics import WITHOUT_REFERENCE
 from tuneyard.api.evaluation import prefixed
-from tuneyard.api.stage_settings import AnswersSettings, ChatSettings, SuiteSettings
+from tuneyard.api.stage_settings import (
+    AnswersSettings,
+    ChatSettings,
+    SuiteSettings,
+    TrainingSuiteSettings,
+)
+from tuneyard.api.suites import LOWER_IS_BETTER
 from tuneyard_trainer.data.prompts import Prompt, is_templated, prompt_text, with_system
 from tuneyard_trainer.data.sharing import InStep
 from tuneyard_trainer.evaluation.items import Items
@@ -34,9 +40,12 @@ ANSWER_TOKENS = 64
 KEPT_ANSWERS = 1000
 """Answers of each model that `evaluation.json` holds of a suite."""
 
+CHOICE_SEED = 0
+"""Seed of the choice of items during training: the same in all jobs, so that they compare."""
+
+T = TypeVar("T")
 Values = Mapping[str, NDArray[np.float64]]
 """The value of each item, by metric."""
-LOWER_IS_BETTER = frozenset({"overRefusal", "unsafeCompliance"})
 
 
 def suites(
@@ -50,14 +59,10 @@ def suites(
             yield TaskSuite(suite.name, _task(context, number, suite, field), tokenizer)
             continue
         path, field = context.inputs[f"suite.{number}"], f"{field}.{suite.kind}.uri"
-        if suite.kind == "choices":
-            items = read_items(path, choices.parse, suite.limit, field, choices.EXPECTED)
-            yield ChoiceSuite(suite.name, items, tokenizer)
-        elif suite.answers is not None:
+        if suite.answers is not None:
             yield AnswerSuite.of(context, path, suite, suite.answers, field, tokenizer, chat)
         else:
-            requests = read_items(path, refusals.parse, suite.limit, field, refusals.EXPECTED)
-            yield RefusalSuite(suite.name, requests, tokenizer, chat)
+            yield row_suite(suite, path, field, tokenizer, chat)
 
 
 def _task(context: StageContext, number: int, suite: SuiteSettings, field: str) -> harness.Task:
@@ -75,6 +80,32 @@ def _task(context: StageContext, number: int, suite: SuiteSettings, field: str) 
         field=field,
         make=make,
     )
+
+
+def row_suite(
+    suite: SuiteSettings | TrainingSuiteSettings,
+    path: Path,
+    field: str,
+    tokenizer: Any,
+    chat: ChatSettings,
+) -> ChoiceSuite | RefusalSuite:
+    """Return a suite of the rows at `path`. `field`: their field in the manifest. Raises StageError
+    for rows that are no items."""
+    most = suite.items if isinstance(suite, TrainingSuiteSettings) else None
+    if suite.kind == "choices":
+        found = read_items(path, choices.parse, suite.limit, field, choices.EXPECTED)
+        return ChoiceSuite(suite.name, _some(found, most), tokenizer)
+    asked = read_items(path, refusals.parse, suite.limit, field, refusals.EXPECTED)
+    return RefusalSuite(suite.name, _some(asked, most), tokenizer, chat)
+
+
+def _some(items: Mapping[str, T], most: int | None) -> Mapping[str, T]:
+    """Return at most so many items, in their order. Those of a smaller number are among those of a
+    larger one."""
+    if most is None or most >= len(items):
+        return items
+    chosen = {*np.random.default_rng(CHOICE_SEED).permutation(len(items))[:most].tolist()}
+    return {where: item for index, (where, item) in enumerate(items.items()) if index in chosen}
 
 
 def _metrics(
