@@ -33,13 +33,15 @@ def load_collector(
     reward = rewards.load(
         settings.reward, context.inputs, settings.chat, untokenized(prompts), worker.device
     )
-    independent = settings.independent_reward and IndependentReward.load(
-        settings.independent_reward,
-        context.inputs,
-        settings.chat,
-        untokenized(prompts),
-        worker.device,
-    )
+    independent = None
+    if settings.independent_reward is not None:
+        independent = IndependentReward.load(
+            settings.independent_reward,
+            context.inputs,
+            settings.chat,
+            untokenized(prompts),
+            worker.device,
+        )
     training = settings.training
     shards = policies.shards(
         context, policies.bytes_per_parameter(training, settings.adapter, worker)
