@@ -227,8 +227,15 @@ def _draw_legend(axes: Axes, beside: Axes | None) -> None:
     if beside is not None:
         more = beside.get_legend_handles_labels()
         handles, labels = [*handles, *more[0]], [*labels, *more[1]]
-        place = {"loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": 2, "borderaxespad": 0.2}
-        axes.legend(handles, labels, frameon=False, **place)
+        axes.legend(
+            handles,
+            labels,
+            frameon=False,
+            loc="lower left",
+            bbox_to_anchor=(0, 1),
+            ncols=2,
+            borderaxespad=0.2,
+        )
     elif handles:
         axes.legend(frameon=False, loc="best")
     else:
