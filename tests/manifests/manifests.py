@@ -453,7 +453,6 @@ RLOO = job(
     """
     model: {uri: "hf://org/model"}
     rewardModel: {rule: {exactMatch: answer}}
-    independentReward: {rule: {exactMatch: gold}}
     optimize:
       rloo:
         prompts: {uri: "file://prompts.jsonl"}
@@ -504,7 +503,13 @@ DISTILL_STEPS = changed(
     DISTILL,
     {"spec.optimize.distill.training": {"maxSteps": 10, "bestBy": "validationLoss"}},
 )
-RULE_REWARD = changed(RLOO, {"spec.rewardModel.rule": {"jsonSchema": "{}"}})
+RULE_REWARD = changed(
+    RLOO,
+    {
+        "spec.rewardModel.rule": {"jsonSchema": "{}"},
+        "spec.independentReward": {"rule": {"exactMatch": "gold"}},
+    },
+)
 
 VALID = {
     "minimal": MINIMAL,
