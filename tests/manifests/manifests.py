@@ -470,7 +470,6 @@ RLOO = job(
     """
     model: {uri: "hf://org/model"}
     rewardModel: {rule: {exactMatch: answer}}
-    independentReward: {rule: {exactMatch: gold}}
     optimize:
       rloo:
         prompts: {uri: "file://prompts.jsonl"}
@@ -529,7 +528,13 @@ DISTILL_STEPS = changed(
         },
     },
 )
-RULE_REWARD = changed(RLOO, {"spec.rewardModel.rule": {"jsonSchema": "{}"}})
+RULE_REWARD = changed(
+    RLOO,
+    {
+        "spec.rewardModel.rule": {"jsonSchema": "{}"},
+        "spec.independentReward": {"rule": {"exactMatch": "gold"}},
+    },
+)
 
 VALID = {
     "minimal": MINIMAL,

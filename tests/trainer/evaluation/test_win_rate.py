@@ -64,7 +64,7 @@ def test_only_completions_that_differ_are_compared_the_tuned_models_first() -> N
 def test_the_win_rate_at_equal_length_is_that_of_the_judged_prompts_and_of_ties() -> None:
     """Lengths are in characters; prompts without a verdict are left out, in both win rates."""
     prompts = [Prompt(messages=(), where=f"row {n}") for n in range(50)]
-    before, wins = ["same"] * 50, []
+    before = ["same"] * 50
     tuned = ["same" + "x" * (n % 7) if n % 2 else "s" * (1 + n % 3) for n in range(50)]
     tuned[4] = "same"
     answered = Answered(prompts, tuned, before, np.zeros(50))

@@ -210,7 +210,8 @@ def test_a_stopped_run_resumes_with_the_curves_of_an_undisturbed_one(
 
 def _worker(rank: int, notes: Notes, folder: Path, inputs: dict[str, Path]) -> None:
     """Measure, then measure with an independent reward that fails on the second worker only."""
-    rewards.load = a_against_b
+    loading: Any = a_against_b
+    rewards.load = loading
     stage = grpo_stage({"max_steps": 1}, **INDEPENDENT)
     grpo.run(StageContext(stage, inputs, folder, Worker(rank, 2, CPU)))
 
@@ -220,7 +221,8 @@ def _worker(rank: int, notes: Notes, folder: Path, inputs: dict[str, Path]) -> N
 
         return share_of("a") if terms[0].role == "reward" else failing
 
-    rewards.load = load
+    loading = load
+    rewards.load = loading
     (folder / "failing").mkdir(exist_ok=True)
     try:
         grpo.run(StageContext(stage, inputs, folder / "failing", Worker(rank, 2, CPU)))

@@ -528,7 +528,8 @@ def test_the_independent_reward_is_in_the_panel_of_the_reward_and_length_in_one_
     assert reward.held_out == [(0, 0.25), (1, 0.75)]
     assert reward.independent == [(0, 9.0), (1, 4.0)]
     assert (correlation.training, correlation.held_out) == ([(1, 0.3)], [(1, 0.6)])
-    for theme in ("light", "dark"):
+    themes: tuple[plots.Theme, ...] = ("light", "dark")
+    for theme in themes:
         drawn = plots.draw(curves, "aligned", theme)
         assert drawn == plots.draw(curves, "aligned", theme)
         with Image.open(io.BytesIO(drawn)) as image:
