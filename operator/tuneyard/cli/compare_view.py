@@ -97,6 +97,7 @@ def _settings(names: Sequence[str], settings: Sequence[Setting]) -> Iterator[Ren
         yield Text("none")
     elif len(names) <= MANY:
         table = _table("Field", names, justify="left")
+        table.columns[0].no_wrap = True
         for setting in settings:
             values = (ABSENT if value is None else plain(value) for value in setting.values)
             table.add_row(plain(setting.field), *values)

@@ -283,9 +283,7 @@ def test_only_the_settings_that_differ_are_listed(tmp_path: Path) -> None:
     found = {each.field: each.values for each in compared(a, b).settings}
     assert found == {
         "spec.training.learningRate": ["0.001", "0.002"],
-        "spec.adapter.lora.rank": ["8", None],
-        "spec.adapter.lora.alpha": ["16", None],
-        "spec.adapter.lora.targets": ["all-linear", None],
+        "spec.adapter": ["{lora: {rank: 8, alpha: 16, targets: all-linear}}", None],
     }
 
 
