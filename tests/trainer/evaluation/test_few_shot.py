@@ -156,6 +156,24 @@ def test_the_gain_over_examples_has_its_standard_error(job: Job, asked: Asked) -
     assert metrics["answerAccuracyFewShotGainError"] == pytest.approx(error)
 
 
+def test_all_answers_are_kept_with_the_intervals_of_each_model_and_samples_are_a_few(
+    job: Job, asked: Asked
+) -> None:
+    asked.replies[False] = "It is red."
+    prepared(job, [chat(n) for n in range(10)], [chat(20), chat(21), chat(30), chat(40)])
+    outcome = evaluated(job, fewShot=3, samples=1)
+    kept = json.loads((job.folder / "evaluation/evaluation.json").read_text())
+    assert [each["where"] for each in kept["answers"]] == [f"row {n}" for n in range(1, 5)]
+    assert all(each["fewShot"] != each["tuned"] for each in kept["answers"])
+    assert outcome.details["samples"] == kept["samples"] == kept["answers"][:1]
+    assert "answers" not in outcome.details, "a record stays small"
+    evidence = outcome.details["evidence"]
+    assert evidence["answerAccuracy"]["baseInterval"] == evidence["answerAccuracy"]["interval"]
+    prompted = evidence["baseFewShotAnswerAccuracy"]
+    assert (prompted["value"], prompted["items"]) == (0.0, 4)
+    assert prompted["interval"][0] == 0.0 < prompted["interval"][1]
+
+
 def test_rows_without_expected_texts_are_compared_by_the_words_of_their_answers(
     job: Job, asked: Asked
 ) -> None:
