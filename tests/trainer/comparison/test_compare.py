@@ -162,6 +162,25 @@ def test_losses_per_token_of_other_tokenizers_are_not_compared(tmp_path: Path) -
     )
 
 
+def test_the_loss_of_a_training_on_preferences_is_not_one_per_token(tmp_path: Path) -> None:
+    a, b = job(tmp_path, "a", right=[1.0] * 40), job(tmp_path, "b", right=[1.0] * 40)
+    trained = b / "stages/sft/record.json"
+    trained.write_text(trained.read_text().replace('"kind":"sft"', '"kind":"dpo"'))
+    for name in ("record.json", "evaluation.json"):
+        path = b / "stages/evaluate" / name
+        value = json.loads(path.read_text())
+        for part in (value["metrics"], value.get("items", {}), value.get("evidence", {})):
+            part.pop("validationLoss", None)
+        path.write_text(json.dumps(value))
+    found = compared(a, b)
+    assert row(found).values[1] is None
+    assert "Only a has validationLoss." in found.notes
+    (b / "stages/evaluate/record.json").unlink()
+    (b / "stages/evaluate/evaluation.json").unlink()
+    (difference,) = row(compared(a, b)).differences
+    assert (difference.basis, difference.better) == ("otherUnit", None)
+
+
 def test_without_the_held_out_rows_the_intervals_are_unpaired_and_a_note_says_so(
     tmp_path: Path,
 ) -> None:
