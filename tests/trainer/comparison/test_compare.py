@@ -298,7 +298,8 @@ def test_one_job_or_more_than_eight_are_refused(tmp_path: Path) -> None:
 
 def test_only_the_settings_that_differ_are_listed(tmp_path: Path) -> None:
     a = job(tmp_path, "a", spec={"training": {"learningRate": 0.001, "epochs": 3}})
-    b = job(tmp_path, "b", spec={"training": {"learningRate": 0.002, "epochs": 3}, "adapter": None})
+    training, place = {"learningRate": 0.002, "epochs": 3}, {"uri": "file://b", "merge": False}
+    b = job(tmp_path, "b", spec={"training": training, "adapter": None, "output": place})
     found = {each.field: each.values for each in compared(a, b).settings}
     assert found == {
         "spec.training.learningRate": ["0.001", "0.002"],
