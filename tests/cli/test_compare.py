@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
+import click
 import numpy as np
 import pytest
 import yaml
 
+from tests.cli.cluster_jobs import item
 from tests.golden.compare import assert_golden
 from tests.trainer.comparison.outputs import write_output
 from tests.trainer.finished import MANIFEST
 from tuneyard.cli import main
+from tuneyard.cli.compare import place_in_cluster
+from tuneyard.cli.jobs import KINDS, JobView, read_job
 
 LOSSES = np.random.default_rng(1).gamma(4, 0.5, 40)
 
@@ -59,6 +64,21 @@ def test_the_output_of_a_comparison_is_frozen(
     assert_golden("compare/three.txt", capsys.readouterr().out)
 
 
+def test_many_jobs_are_rows_and_few_are_columns(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folders = [
+        write_output(tmp_path / f"j{number}", f"job-{number}", losses=[*(LOSSES - 0.1 * number)],
+                     spec={"training": {"seed": number % 2}})
+        for number in range(6)
+    ]  # fmt: skip
+    assert main.call(["compare", *map(str, folders)]) == 0
+    shown = capsys.readouterr().out
+    assert shown.splitlines()[0].split() == ["Job", "validationLoss"]
+    assert "  0: job-0, job-2, job-4\n  1: job-1, job-3, job-5" in shown
+    assert re.search(r"^job-5 +best 1\.308$", shown, re.MULTILINE)
+
+
 def test_json_is_a_document_of_a_version(
     jobs: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -95,6 +115,36 @@ def test_a_manifest_stands_for_its_jobs(
     manifest.write_text(yaml.safe_dump_all(both))
     assert main.call(["compare", str(manifest), jobs[1]]) == 2
     assert "pvc://models/high, exists on a cluster only: copy" in capsys.readouterr().err
+
+
+def test_a_job_in_the_cluster_has_its_output_in_an_object_store_or_is_refused() -> None:
+    def view(uri: str) -> JobView:
+        return read_job(KINDS["finetune"], item("FineTuneJob", "a", {}, spec__output__uri=uri))
+
+    assert place_in_cluster("a", view("s3://models/a")).uri == "s3://models/a"
+    with pytest.raises(click.ClickException, match="pvc://models/a, exists on a cluster only"):
+        place_in_cluster("a", view("pvc://models/a"))
+
+
+@pytest.mark.parametrize("name", ["job.yaml", "no/such/folder/page.html"])
+def test_a_page_needs_a_name_that_ends_in_html_and_a_folder(
+    jobs: list[str], tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / name
+    assert main.call(["compare", *jobs, "-o", str(page)]) == 2
+    assert str(page if page.parent.exists() else page.parent) in capsys.readouterr().err
+    assert not page.exists()
+
+
+def test_a_page_is_written_beside_the_output(
+    jobs: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "comparison.html"
+    assert main.call(["compare", *jobs, "-o", str(page)]) == 0
+    assert capsys.readouterr().out.rstrip().endswith(f"wrote {page}")
+    assert "Comparison of low-rate, high-rate, full" in page.read_text("utf-8")
+    assert main.call(["compare", *jobs, "-o", str(page), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["kind"] == "Comparison"
 
 
 def test_all_faults_are_printed_and_nothing_else(

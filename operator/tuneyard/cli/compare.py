@@ -127,7 +127,7 @@ def _of(job: str, options: ClusterOptions, kinds: Sequence[Kind]) -> Iterator[Pl
     elif problem := name_problem(job):
         raise click.ClickException(problem)
     else:
-        yield _in_cluster(job, options.connect().find(job, kinds))
+        yield place_in_cluster(job, options.connect().find(job, kinds))
 
 
 def _output_of(plan: Plan, base_dir: Path) -> str:
@@ -137,7 +137,9 @@ def _output_of(plan: Plan, base_dir: Path) -> str:
     return str(base_dir / uri.removeprefix("file://")) if uri.startswith("file://") else uri
 
 
-def _in_cluster(argument: str, job: JobView) -> Place:
+def place_in_cluster(argument: str, job: JobView) -> Place:
+    """Return the output of a job in the cluster. Raises ClickException if it is not in an object
+    store."""
     if not job.output_uri or job.output_uri.startswith(("pvc://", "file://")):
         raise _on_claim(job.output_uri)
     return Place(argument, job.output_uri)

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-from rich.console import RenderableType
+from rich.console import JustifyMethod, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from tuneyard.api.comparison import Comparison, Cost, MetricRow
+from tuneyard.api.comparison import Comparison, Cost, MetricRow, Setting
 from tuneyard.cli.views import ABSENT, duration, number, plain
 
+Cells = Sequence[Sequence[Text]]
+
 BEST = "best"
+MANY = 4
+"""Columns of jobs that fit on a terminal."""
 GIB = 1 << 30
 _UNITS: dict[str, Callable[[float], str]] = {
     "trainingSeconds": duration,
@@ -31,28 +35,47 @@ def comparison_view(comparison: Comparison) -> Iterator[RenderableType]:
     for note in comparison.notes:
         yield Text(f"Note: {plain(note)}", style="yellow")
     yield Text("\nSettings that differ", style="bold")
-    yield _settings_table(names, comparison) if comparison.settings else Text("none")
+    yield from _settings(names, comparison.settings)
     if comparison.costs:
         yield Text("\nCost", style="bold")
         yield _costs_table(names, comparison.costs)
 
 
-def _table(first: str, names: Sequence[str], *, justify_right: bool) -> Table:
+def _table(first: str, titles: Sequence[str], *, justify: JustifyMethod = "right") -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column(first, overflow="fold")
-    for name in names:
-        table.add_column(name, justify="right" if justify_right else "left", overflow="fold")
+    for title in titles:
+        table.add_column(title, justify=justify, overflow="fold")
+    return table
+
+
+def _turned(title: str, labels: Sequence[str], names: Sequence[str], cells: Cells) -> Table:
+    """Return a table with a row for each label and a column for each job; of more than MANY jobs,
+    with a row for each job. `cells`: those of each label."""
+    if len(names) <= MANY:
+        table = _table(title, names)
+        for label, row in zip(labels, cells, strict=True):
+            table.add_row(label, *row)
+        return table
+    table = _table("Job", labels)
+    table.columns[0].no_wrap = True
+    for name, column in zip(names, zip(*cells, strict=True), strict=True):
+        table.add_row(name, *column)
     return table
 
 
 def _metrics_table(names: Sequence[str], rows: Sequence[MetricRow]) -> Table:
     with_base = any(row.base is not None for row in rows)
-    table = _table("Metric", [*(["base"] if with_base else []), *names], justify_right=True)
-    for row in rows:
-        base = [ABSENT if row.base is None else number(row.base)] if with_base else []
-        cells = [_cell(row, job) for job in range(len(names))]
-        table.add_row(plain(row.metric), *base, *cells)
-    return table
+    cells = [
+        [*([_base(row)] if with_base else []), *(_cell(row, job) for job in range(len(names)))]
+        for row in rows
+    ]
+    labels = [plain(row.metric) for row in rows]
+    return _turned("Metric", labels, [*(["base"] if with_base else []), *names], cells)
+
+
+def _base(row: MetricRow) -> Text:
+    return Text(ABSENT if row.base is None else number(row.base))
 
 
 def _cell(row: MetricRow, job: int) -> Text:
@@ -68,18 +91,37 @@ def _cell(row: MetricRow, job: int) -> Text:
     return text
 
 
-def _settings_table(names: Sequence[str], comparison: Comparison) -> Table:
-    table = _table("Field", names, justify_right=False)
-    for setting in comparison.settings:
-        values = (ABSENT if value is None else plain(value) for value in setting.values)
-        table.add_row(plain(setting.field), *values)
-    return table
+def _settings(names: Sequence[str], settings: Sequence[Setting]) -> Iterator[RenderableType]:
+    """Yield a table of the settings; of more than MANY jobs, the jobs by each value."""
+    if not settings:
+        yield Text("none")
+    elif len(names) <= MANY:
+        table = _table("Field", names, justify="left")
+        table.columns[0].no_wrap = True
+        for setting in settings:
+            values = (ABSENT if value is None else plain(value) for value in setting.values)
+            table.add_row(plain(setting.field), *values)
+        yield table
+    else:
+        for setting in settings:
+            yield Text(plain(setting.field))
+            jobs: dict[str, list[str]] = {}
+            for name, value in zip(names, setting.values, strict=True):
+                jobs.setdefault(ABSENT if value is None else plain(value), []).append(name)
+            for value, having in jobs.items():
+                yield Text(f"  {value}: {', '.join(having)}")
 
 
 def _costs_table(names: Sequence[str], costs: Sequence[Cost]) -> Table:
-    table = _table("", names, justify_right=True)
-    for cost in costs:
-        shown = _UNITS.get(cost.name, lambda value: f"{value:,.0f}")
-        values = (ABSENT if value is None else shown(value) for value in cost.values)
-        table.add_row(cost.label, *values)
-    return table
+    cells = [
+        [
+            Text(ABSENT if value is None else _UNITS.get(cost.name, _whole)(value))
+            for value in cost.values
+        ]
+        for cost in costs
+    ]
+    return _turned("", [cost.label for cost in costs], names, cells)
+
+
+def _whole(value: float) -> str:
+    return f"{value:,.0f}"

@@ -91,6 +91,19 @@ def test_of_three_jobs_the_best_is_better_than_each_other_one(tmp_path: Path) ->
     assert "On validationLoss none is best" in ahead.sentences[1]
 
 
+def test_of_many_jobs_a_sentence_names_the_nearest_or_those_that_lead(tmp_path: Path) -> None:
+    jobs = [job(tmp_path, f"j{number}", -0.1 * number) for number in range(6)]
+    found = compared(*jobs)
+    assert row(found).best == 5
+    assert found.sentences[1].startswith(
+        "j5 is best on validationLoss: better than each other job, than j4 by 0.10"
+    )
+    tied = compared(*jobs, job(tmp_path, "k", -0.5))
+    assert row(tied).best is None
+    assert "On validationLoss none is clearly better than j5 and k." in tied.sentences
+    assert len(row(tied).differences) == 21
+
+
 def test_the_difference_of_rights_is_that_of_flipped_answers(tmp_path: Path) -> None:
     a = job(tmp_path, "a", right=[0.0] * 20 + [1.0] * 20)
     b = job(tmp_path, "b", right=[1.0] * 36 + [0.0] * 4)
@@ -147,6 +160,25 @@ def test_losses_per_token_of_other_tokenizers_are_not_compared(tmp_path: Path) -
         "different base models: a from hf://acme/small-model (digest base)" in note
         for note in found.notes
     )
+
+
+def test_the_loss_of_a_training_on_preferences_is_not_one_per_token(tmp_path: Path) -> None:
+    a, b = job(tmp_path, "a", right=[1.0] * 40), job(tmp_path, "b", right=[1.0] * 40)
+    trained = b / "stages/sft/record.json"
+    trained.write_text(trained.read_text().replace('"kind":"sft"', '"kind":"dpo"'))
+    for name in ("record.json", "evaluation.json"):
+        path = b / "stages/evaluate" / name
+        value = json.loads(path.read_text())
+        for part in (value["metrics"], value.get("items", {}), value.get("evidence", {})):
+            part.pop("validationLoss", None)
+        path.write_text(json.dumps(value))
+    found = compared(a, b)
+    assert row(found).values[1] is None
+    assert "Only a has validationLoss." in found.notes
+    (b / "stages/evaluate/record.json").unlink()
+    (b / "stages/evaluate/evaluation.json").unlink()
+    (difference,) = row(compared(a, b)).differences
+    assert (difference.basis, difference.better) == ("otherUnit", None)
 
 
 def test_without_the_held_out_rows_the_intervals_are_unpaired_and_a_note_says_so(
@@ -217,6 +249,7 @@ def test_a_model_that_changed_after_its_evaluation_is_refused(tmp_path: Path) ->
         ("stages/evaluate/evaluation.json", "[" * 100_000),
         ("stages/sft/record.json", "{}"),
         ("result/job.yaml", "a: [b"),
+        ("result/job.yaml", "spec: {model: {uri: 3}}"),
         ("result/report.json", '{"version": 1}'),
         ("stages/evaluate/evaluation.json", '{"items": {"validationLoss": {}}}'),
         ("stages/evaluate/record.json", '{"details": 3}'),
@@ -236,6 +269,9 @@ def test_damaged_files_are_refused_by_name(tmp_path: Path, name: str, content: s
         {"ids": ["row 1"], "tuned": ["high"]},
         {"tuned": None},
         {},
+        {"ids": ["row 1"], "tuned": [10**400]},
+        {"ids": ["row 1"], "tuned": [1.0], "weight": [0.0]},
+        {"ids": ["row 1"], "tuned": [1e308], "weight": [10.0]},
         {"ids": ["row 1", "row 99"], "tuned": [1.0, None], "weight": [1.0]},
     ],
 )
@@ -262,13 +298,12 @@ def test_one_job_or_more_than_eight_are_refused(tmp_path: Path) -> None:
 
 def test_only_the_settings_that_differ_are_listed(tmp_path: Path) -> None:
     a = job(tmp_path, "a", spec={"training": {"learningRate": 0.001, "epochs": 3}})
-    b = job(tmp_path, "b", spec={"training": {"learningRate": 0.002, "epochs": 3}, "adapter": None})
+    training, place = {"learningRate": 0.002, "epochs": 3}, {"uri": "file://b", "merge": False}
+    b = job(tmp_path, "b", spec={"training": training, "adapter": None, "output": place})
     found = {each.field: each.values for each in compared(a, b).settings}
     assert found == {
         "spec.training.learningRate": ["0.001", "0.002"],
-        "spec.adapter.lora.rank": ["8", None],
-        "spec.adapter.lora.alpha": ["16", None],
-        "spec.adapter.lora.targets": ["all-linear", None],
+        "spec.adapter": ["{lora: {rank: 8, alpha: 16, targets: all-linear}}", None],
     }
 
 
@@ -320,6 +355,17 @@ def test_the_same_outputs_give_the_same_document_and_are_not_changed(tmp_path: P
     before = sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*"))
     assert compared(a, b).to_json() == compared(a, b).to_json()
     assert sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*")) == before
+
+
+def test_a_copy_of_the_result_alone_is_compared_by_unpaired_intervals(tmp_path: Path) -> None:
+    a, b = job(tmp_path, "a"), job(tmp_path, "b", -1.5)
+    for folder in (a, b):
+        report = read_job(Named("job", str(folder))).report
+        (folder / "result/report.json").write_text(report.to_json())
+    copy = shutil.copytree(b / "result", tmp_path / "copied [1]*")
+    loss = row(compared(a, copy))
+    assert (loss.differences[0].basis, loss.differences[0].better) == ("unpaired", 1)
+    assert loss.items == [40, 40]
 
 
 def test_an_output_in_an_object_store_is_read(tmp_path: Path) -> None:

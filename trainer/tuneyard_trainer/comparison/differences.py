@@ -71,7 +71,9 @@ def difference(first: Measured, second: Measured) -> Found:
     )
     if not paired.is_usable or paired.base_N is None:
         return _unpaired("unpaired", first, second)
-    value, interval = paired.mean(paired.tuned_N - paired.base_N), paired.difference_interval
+    with np.errstate(over="ignore", invalid="ignore"):  # checked below
+        value = paired.mean(paired.tuned_N - paired.base_N)
+        interval = paired.difference_interval
     if interval is None or not all(map(math.isfinite, (value, *interval))):
         return _unpaired("unpaired", first, second)
     return Found("paired", value, interval, len(paired))

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from tuneyard.api.comparison import Cost, Difference, MetricRow
 from tuneyard_trainer.reporting.formatting import duration, number, size
 
+MOST_NAMED = 3
+"""Differences that a sentence names; of more, it names the jobs."""
 NOTABLE = 1.1
 """Costs whose ratio is smaller are called equal."""
 
@@ -75,12 +77,19 @@ def _about(names: Sequence[str], row: MetricRow) -> str:
         winner = names[clear[0].better or 0]
         return f"{winner} is better on {row.metric} by {_amount(clear[0])}."
     if row.best is not None:
-        parts = [
-            f"than {names[_loser(each)]} by {_amount(each)}"
-            for each in clear
-            if each.better == row.best
-        ]
+        won = [each for each in clear if each.better == row.best]
+        if len(won) > MOST_NAMED:
+            nearest = min(won, key=lambda each: abs(each.value or 0.0))
+            than = f"than each other job, than {names[_loser(nearest)]} by {_amount(nearest)}"
+            return f"{names[row.best]} is best on {row.metric}: better {than}."
+        parts = [f"than {names[_loser(each)]} by {_amount(each)}" for each in won]
         return f"{names[row.best]} is best on {row.metric}: better {listed(parts)}."
+    beaten = {_loser(each) for each in clear}
+    leading = [
+        name for job, name in enumerate(names) if job not in beaten and row.values[job] is not None
+    ]
+    if len(clear) > MOST_NAMED:
+        return f"On {row.metric} none is clearly better than {listed(leading)}."
     parts = [
         f"{names[each.better or 0]} is better than {names[_loser(each)]} by {_amount(each)}"
         for each in clear

@@ -52,7 +52,10 @@ def document(
     evaluation = summary.record(*EVALUATION_KINDS)
     details = evaluation.details if evaluation else {}
     measured = _evaluation(inputs.get("evaluation"))
-    metrics = {**_training_losses(summary), **(evaluation.metrics if evaluation else {})}
+    evaluated = evaluation.metrics if evaluation else {}
+    # The loss of a training on preferences is none of an evaluation that has no held-out rows.
+    known = evaluation is None or "validationLoss" in evaluated
+    metrics = {**(_training_losses(summary) if known else {}), **evaluated}
     training = last_trained(summary.records.values())
     per_token = evaluation is not None or training is None or training.kind in SUPERVISED_KINDS
     compared = comparisons(metrics, details.get("evidence", {}), per_token=per_token)

@@ -23,11 +23,11 @@ NAME_CHARACTERS = 40
 JOB_COLORS: Mapping[Theme, Sequence[str]] = {
     "light": (
         *("#0072b2", "#d55e00", "#009e73", "#a4508b"),
-        *("#b8860b", "#1f2328", "#2e8bc0", "#6e7781"),
+        *("#b8860b", "#1f2328", "#2e8bc0", "#7a4b2a"),
     ),
     "dark": (
         *("#56b4e9", "#e69f00", "#2fc79b", "#e3a3cb"),
-        *("#f0e442", "#ffffff", "#ff7f50", "#9da7b3"),
+        *("#f0e442", "#ffffff", "#ff7f50", "#d8b08c"),
     ),
 }
 
