@@ -152,11 +152,10 @@ def _of_suites(lines: Sequence[Mapping[str, Any]]) -> Iterator[Panel]:
     names = dict.fromkeys(name for line in lines for name in line if "/" in name)
     shown = [name for name in names if is_main(name)]
     for name in shown[:MAX_SUITE_PANELS]:
-        points, base = (
-            _series(lines, name),
-            next(iter(_series(lines, prefixed("base", name))), None),
-        )
-        yield Panel(name.replace("/", "\n"), name, [], points, bases[0][1] if bases else None, name)
+        points, bases = _series(lines, name), _series(lines, prefixed("base", name))
+        base = bases[0][1] if bases else None
+        yield Panel(name.replace("/", "
+"), name, [], points, base, name)
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
