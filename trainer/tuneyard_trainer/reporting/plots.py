@@ -154,8 +154,7 @@ def _of_suites(lines: Sequence[Mapping[str, Any]]) -> Iterator[Panel]:
     for name in shown[:MAX_SUITE_PANELS]:
         points, bases = _series(lines, name), _series(lines, prefixed("base", name))
         base = bases[0][1] if bases else None
-        yield Panel(name.replace("/", "
-"), name, [], points, base, name)
+        yield Panel(name.replace("/", "\n"), name, [], points, base, name)
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
