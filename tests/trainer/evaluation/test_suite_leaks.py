@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -122,24 +123,38 @@ SUITES_OF_DATA = {
 }
 
 
-@pytest.mark.shared_data
-@pytest.mark.parametrize(
-    ("train", "expected"),
-    [("gsm8k-train-1500.jsonl", 0), ("self-instruct-seed-tasks.jsonl", 0)],
-)
-def test_of_public_suites_hardly_an_item_is_in_public_training_data(
-    tmp_path: Path, train: str, expected: int
-) -> None:
-    """Nobody planted these, so what is named is a false alarm, or a repetition in the data."""
-    if not SHARED.is_dir():
-        pytest.skip("shared/data is not beside the checkout")
+def searched_in_public_data(folder: Path, train: Path) -> dict[str, float]:
     kinds = SUITES_OF_DATA.items()
     suites = [{"name": Path(file).stem, "kind": kind, "limit": None} for file, kind in kinds]
     settings = LeaksSettings.model_validate({"train": [DATASET], "suites": suites})
     inputs = {f"suite.{number}": SHARED / file for number, (file, _) in enumerate(kinds)}
-    inputs["train.0"] = SHARED / train
     stage = PlannedStage(name="leaks", settings=settings, inputs={}, fingerprint="sha256:one")
-    metrics = suite_leaks.run(StageContext(stage, inputs, tmp_path, ALONE)).metrics
+    (folder / "out").mkdir()
+    context = StageContext(stage, {**inputs, "train.0": train}, folder / "out", ALONE)
+    return dict(suite_leaks.run(context).metrics)
+
+
+@pytest.mark.shared_data
+@pytest.mark.parametrize("train", ["gsm8k-train-1500.jsonl", "self-instruct-seed-tasks.jsonl"])
+def test_no_item_of_public_suites_is_falsely_found_in_public_training_data(
+    tmp_path: Path, train: str
+) -> None:
+    if not SHARED.is_dir():
+        pytest.skip("shared/data is not beside the checkout")
+    metrics = searched_in_public_data(tmp_path, SHARED / train)
     print(f"{train}: {metrics['leakedItems']:.0f} of {metrics['searchedItems']:.0f} items")
-    assert metrics["searchedItems"] > 3000
-    assert metrics["leakedItems"] == expected
+    assert metrics == {"searchedItems": 3877, "leakedItems": 0}
+
+
+@pytest.mark.shared_data
+def test_each_public_prompt_that_is_trained_on_is_found(tmp_path: Path) -> None:
+    """XSTest's prompts are short, and the rows have answers that the suite has not."""
+    if not SHARED.is_dir():
+        pytest.skip("shared/data is not beside the checkout")
+    with (SHARED / "xstest_prompts.csv").open(newline="") as file:
+        prompts = [row["prompt"] for row in csv.DictReader(file)]
+    answer = "That is a question with a long answer, and I would begin with its second half."
+    turns = [[("user", prompt), ("assistant", answer)] for prompt in prompts]
+    rows = [{"messages": [{"role": r, "content": c} for r, c in each]} for each in turns]
+    metrics = searched_in_public_data(tmp_path, lines(tmp_path / "train.jsonl", rows))
+    assert metrics == {"searchedItems": 3877, "leakedItems": len(prompts)}

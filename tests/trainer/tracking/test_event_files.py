@@ -137,7 +137,7 @@ def test_an_evaluation_is_shown_once_and_the_manifest_as_text(tmp_path: Path) ->
         tracker.close()
     assert shown(tmp_path, "evaluate") == {
         "evaluate/lossReduction": [(0, 0.5)],
-        "evaluate/code/pass@1": [(0, 0.25)],
+        "evaluate/code/pass_1": [(0, 0.25)],  # TensorBoard cleans names by itself
     }
     reader = EventAccumulator(str(tmp_path / "job"), size_guidance={"tensors": 0})
     reader.Reload()
