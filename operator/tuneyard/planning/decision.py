@@ -38,11 +38,7 @@ def decide(plan: Plan, facts: JobFacts) -> Decision | None:
     if job is None:
         return None
     found = fitting.fit(job)
-    estimate, answer = _estimate(job, found), answer_of(job, found)
-    if answer.refusal is None:
-        planned = {stage.name: stage.total_bytes for stage in estimate.stages}
-        answer = answer.model_copy(update={"planned_bytes": planned})
-    return Decision(estimate, answer)
+    return Decision(_estimate(job, found), answer_of(job, found))
 
 
 def job_of(plan: Plan, facts: JobFacts) -> Job | None:
@@ -80,8 +76,9 @@ def answer_of(job: Job, found: Fit) -> FitAnswer:
     It is refused only if it takes more than all of its device for certain: what is assumed, and the
     bytes that a device keeps for itself, are estimates.
     """
+    planned = {stage.name: stage.total_bytes for stage in _estimate(job, found).stages}
     if job.device == UNKNOWN:
-        return FitAnswer()
+        return FitAnswer(planned_bytes=planned)
     if found.impossible(job.device.most):
         return FitAnswer(refusal=refusal(job, found))
     changed = {
@@ -96,7 +93,8 @@ def answer_of(job: Job, found: Fit) -> FitAnswer:
                 gradient_checkpointing=settings.gradient_checkpointing,
             )
             for name, settings in changed.items()
-        }
+        },
+        planned_bytes=planned,
     )
 
 

@@ -130,8 +130,8 @@ def test_the_summary_says_first_what_changed_and_whether_it_was_worth_it(opened:
         "Worse: manners: overRefusal rose from 5 % to 20 %.",
         "No clear difference: F1 of words rose from 31 % to 62 %; grammar: accuracy fell from 75 % "
         "to 71 %.",
-        "9 answers are right only after the training, and 1 answer is no longer right.",
-        "Tuning was worth it. Answers right: 75 % after tuning, and 50 % without it but with 4 "
+        "Answers that became right: 9; that became wrong: 1.",
+        "Tuning was worth it. Answers right: 75 % after tuning, and 50 % of the base model with 4 "
         "examples in the prompt, which cost 210 tokens in each request.",
         "The loss on general data rose by 0.100 nats per token; the guard allows an increase of "
         "0.100.",

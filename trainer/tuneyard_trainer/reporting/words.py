@@ -95,14 +95,8 @@ def _flips(comparisons: Sequence[Comparison]) -> Iterable[str]:
     found = next((each for each in comparisons if each.gained is not None), None)
     if found is None or found.scope == "suite" or found.metric != "answerAccuracy":
         return
-    gained, lost = found.gained or 0, found.lost or 0
-    yield (
-        f"{_answers(gained)} right only after the training, and {_answers(lost)} no longer right."
-    )
-
-
-def _answers(number_of: int) -> str:
-    return f"{count(number_of)} answer{' is' if number_of == 1 else 's are'}"
+    gained, lost = (count(each) if each else "none" for each in (found.gained, found.lost))
+    yield f"Answers that became right: {gained}; that became wrong: {lost}."
 
 
 def _worth(comparisons: Sequence[Comparison], examples: tuple[int, float] | None) -> Iterable[str]:
@@ -116,11 +110,11 @@ def _worth(comparisons: Sequence[Comparison], examples: tuple[int, float] | None
     if is_clear:
         verdict = "Tuning was worth it" if gain > 0 else "Tuning was not worth it"
     number_of, tokens = examples
+    plural, cost = ("", "costs") if number_of == 1 else ("s", "cost")
     yield (
         f"{verdict}. {_capital(_name(each))}: {shown(each.tuned, each)} after tuning, and "
-        f"{shown(each.few_shot, each)} without it but with {count(number_of)} "
-        f"example{'' if number_of == 1 else 's'} in the prompt, which cost {count(tokens)} tokens "
-        "in each request."
+        f"{shown(each.few_shot, each)} of the base model with {count(number_of)} example{plural} "
+        f"in the prompt, which {cost} {count(tokens)} tokens in each request."
     )
 
 
@@ -148,7 +142,8 @@ def _gates(gates: Sequence[GateResult]) -> Iterable[str]:
         are = "is" if len(missed) == 1 else "are"
         yield f"{len(missed)} of {len(gates)} gates {are} not met: {', '.join(missed)}."
     elif gates:
-        yield "The gate is met." if len(gates) == 1 else f"All {len(gates)} gates are met."
+        met = {1: "The gate is met.", 2: "Both gates are met."}
+        yield met.get(len(gates), f"All {len(gates)} gates are met.")
 
 
 def _name(each: Comparison) -> str:
