@@ -115,7 +115,7 @@ def _training_losses(summary: RunSummary) -> dict[str, float]:
     """Return the losses that the training measured on held-out rows, with their perplexities, for a
     job without an evaluation of them."""
     training = last_trained(summary.records.values())
-    found = {}
+    found: dict[str, float] = {}
     for name in ("validation", "baseValidation"):
         loss = training.metrics.get(f"{name}Loss") if training else None
         if loss is not None:
