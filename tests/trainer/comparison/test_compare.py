@@ -149,6 +149,7 @@ def test_jobs_with_other_rows_are_not_called_better(tmp_path: Path) -> None:
     assert difference.interval[1] < 0
     assert row(found).best is None
     assert any("validationLoss of a and b is of other rows" in note for note in found.notes)
+    assert found.sentences[0] == "validationLoss of a and b cannot be compared; the notes say why."
 
 
 def test_losses_per_token_of_other_tokenizers_are_not_compared(tmp_path: Path) -> None:
