@@ -149,6 +149,7 @@ def test_jobs_with_other_rows_are_not_called_better(tmp_path: Path) -> None:
     assert difference.interval[1] < 0
     assert row(found).best is None
     assert any("validationLoss of a and b is of other rows" in note for note in found.notes)
+    assert found.sentences[0] == "validationLoss of a and b cannot be compared; the notes say why."
 
 
 def test_losses_per_token_of_other_tokenizers_are_not_compared(tmp_path: Path) -> None:
@@ -368,17 +369,20 @@ def test_a_copy_of_the_result_alone_is_compared_by_unpaired_intervals(tmp_path: 
     assert loss.items == [40, 40]
 
 
-def test_an_output_in_an_object_store_is_read(tmp_path: Path) -> None:
+def test_an_output_in_an_object_store_is_read_if_it_has_a_report(tmp_path: Path) -> None:
     fsspec = pytest.importorskip("fsspec")
-    a, b = job(tmp_path, "a"), job(tmp_path, "b", -0.1)
-    here = compared(a, b)
-    report = compare([Named(str(b), str(b)), Named(str(a), str(a))])
-    assert report.metrics
-    fs = fsspec.filesystem("memory")
-    fs.put(str(b), "/models/b", recursive=True)
+    a, b, url = job(tmp_path, "a"), job(tmp_path, "b", -0.1), "memory://models/b"
+    store = fsspec.filesystem("memory")
+    named = [Named(str(a), str(a)), Named(url, url)]
     try:
+        store.put(str(b), "/models/b", recursive=True)
         with pytest.raises(ManifestError, match=r"has no report\.json of its present stages"):
-            compare([Named(str(a), str(a)), Named("memory://models/b", "memory://models/b")])
+            compare(named)
+        report = read_job(Named("b", str(b))).report
+        store.pipe("/models/b/result/report.json", report.to_json().encode())
+        found = compare(named)
     finally:
-        fs.rm("/models", recursive=True)
-    assert row(here).best == 1
+        store.rm("/models", recursive=True)
+    assert row(found).best == 1
+    assert row(found).differences[0].basis == "paired"
+    assert found.jobs[1].output == url

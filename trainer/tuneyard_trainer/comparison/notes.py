@@ -111,11 +111,14 @@ def _other_rows(names: Sequence[str], jobs: Sequence[JobResult]) -> Iterator[str
             for digest, group in groups.items()
         ]
         shared = set.intersection(*(set(rows) for rows in held_out if rows))
-        in_all = f"{count(len(shared))} of them are held out by all" if shared else "none by all"
-        yield (
-            f"The jobs hold out different {what}: {listed(parts)}, {in_all}. Differences are of "
-            "the rows that both jobs hold out, and the values of a job are of all of its own."
-        )
+        said = f"The jobs hold out different {what}: {listed(parts)}"
+        if shared:
+            yield (
+                f"{said}; {count(len(shared))} of them are held out by all. Differences are of the "
+                f"{what} that both jobs hold out, and the values of a job are of all of its own."
+            )
+        else:
+            yield f"{said}; none are held out by all."
 
 
 def _only_one(

@@ -19,13 +19,23 @@ def sentences(
     """Return the sentences, the most important one first. `names`: of the jobs."""
     judged = [row for row in metrics if row.higher_is_better is not None and row.differences]
     clear = [row for row in judged if any(each.better is not None for each in row.differences)]
-    compared = [row for row in judged if any(each.interval for each in row.differences)]
+    compared = [row for row in judged if any(map(_is_compared, row.differences))]
     unclear = [row.metric for row in compared if row not in clear]
-    found = [_overall(names, compared)] if compared else []
+    found = [_overall(names, compared)] if compared else [*_incomparable(names, judged)]
     found += [_about(names, row) for row in clear]
     if unclear and clear:
         found.append(f"No clear difference on {listed(unclear)}.")
     return [*found, *_about_costs(names, costs)]
+
+
+def _is_compared(difference: Difference) -> bool:
+    return difference.interval is not None and difference.basis in ("paired", "unpaired")
+
+
+def _incomparable(names: Sequence[str], rows: Sequence[MetricRow]) -> Iterator[str]:
+    if rows:
+        metrics = listed([row.metric for row in rows])
+        yield f"{metrics} of {listed(names)} cannot be compared; the notes say why."
 
 
 def listed(words: Sequence[str], last: str = "and") -> str:
