@@ -1,12 +1,14 @@
 """What each defense against forgetting keeps, and what it costs on the task.
 
-    .venv/bin/python benchmarks/forgetting.py [--seeds 0 1 2] [--pairs FILE] [--journal FILE]
+    .venv/bin/python benchmarks/forgetting.py [--seeds 0 1 2] [--pairs FILE] [--answers]
+        [--journal FILE]
 
 Teaches SmolLM2-135M-Instruct the 20 facts of the quickstart by full fine-tuning at a high learning
 rate, once without a defense and once with each of them, and prints a Markdown table of means over
 the seeds, with the least and the most in parentheses:
 
-- facts: the held-out loss of the facts, in nats per token, and the right answers of 20,
+- facts: the held-out loss of the facts, in nats per token, and with `--answers` the right answers
+  of 20,
 - general loss: of passages of Python's manual that no run has read, in nats per token,
 - pairs: the share of minimal pairs of English in which the good sentence is more probable, with
   `--pairs`: JSON lines with `good` and `bad`, such as those of BLiMP (Warstadt et al. 2020).
@@ -72,10 +74,8 @@ def defenses(folder: Path, batch: int) -> dict[str, dict[str, Any]]:
     }
 
 
-def spec_of(
-    changes: Mapping[str, Any], *, seed: int, steps: int, batch: int, compare: bool
-) -> dict[str, Any]:
-    """Return the spec of a run. `compare`: whether the base answers the questions too."""
+def spec_of(changes: Mapping[str, Any], *, seed: int, steps: int, batch: int) -> dict[str, Any]:
+    """Return the spec of a run."""
     spec: dict[str, Any] = {
         "data": {
             "train": [{"uri": f"file://{FACTS / 'train.jsonl'}"}],
@@ -90,33 +90,25 @@ def spec_of(
             "keepBest": False,
             "seed": seed,
         },
-        "evaluate": {"compareWithBase": compare, "samples": 0, "maxNewTokens": 16},
+        "evaluate": {"compareWithBase": False, "samples": 0, "maxNewTokens": 16},
     }
     for part, values in changes.items():
         spec[part] = {**spec.get(part, {}), **values}
     return spec
 
 
-def figures(run: Run) -> dict[str, Any]:
-    """Return the figures of a finished run."""
-    sft, evaluated = run.record("sft"), run.record("evaluate")
-    return {
-        "loss": evaluated["metrics"]["validationLoss"],
-        "right": round(evaluated["metrics"]["answerAccuracy"] * 20),
-        "steps": sft["metrics"]["steps"],
-        "kept": sft["details"]["bestStep"],
-        "note": sft["details"].get("stoppedByGuard"),
-        "trainingSeconds": round(sft["metrics"]["trainingSeconds"]),
+def figures(run: Run, *, answers: bool) -> dict[str, Any]:
+    """Return the figures of a finished run. `answers`: whether it was evaluated."""
+    record = run.record("sft")
+    found = {
+        "loss": record["metrics"]["validationLoss"],
+        "steps": record["metrics"]["steps"],
+        "kept": record["details"]["bestStep"],
+        "note": record["details"].get("stoppedByGuard"),
     }
-
-
-def base_figures(run: Run) -> dict[str, Any]:
-    """Return the base's figures, from a run that was compared with it."""
-    metrics = run.record("evaluate")["metrics"]
-    return {
-        "loss": metrics["baseValidationLoss"],
-        "right": round(metrics["baseAnswerAccuracy"] * 20),
-    }
+    if answers:
+        found["right"] = round(run.record("evaluate")["metrics"]["answerAccuracy"] * 20)
+    return found
 
 
 def main() -> None:
@@ -124,6 +116,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--batch", type=int, default=4, help="rows of a step, at least 2")
+    parser.add_argument("--answers", action="store_true", help="count the right answers too")
     parser.add_argument("--pairs", type=Path, help="minimal pairs to measure, as JSON lines")
     parser.add_argument("--most-pairs", type=int, default=200)
     parser.add_argument("--journal", type=Path, default=Path("forgetting.jsonl"))
@@ -151,15 +144,17 @@ def measure(
     options: argparse.Namespace,
 ) -> None:
     """Train, measure and write a run, and first the base if no run has."""
-    started, is_first = time.monotonic(), not journal.has(THE_BASE, 0)
-    spec = spec_of(changes, seed=seed, steps=options.steps, batch=options.batch, compare=is_first)
-    run = run_job(folder, "FineTuneJob", spec, stages=3)  # all but the export
+    started = time.monotonic()
+    spec = spec_of(changes, seed=seed, steps=options.steps, batch=options.batch)
+    # prepare and sft, and with answers evaluate
+    run = run_job(folder, "FineTuneJob", spec, stages=2 + options.answers)
     ability = Ability(folder, pairs=drawn(options.pairs, options.most_pairs))
-    if is_first:
-        journal.add(THE_BASE, 0, **base_figures(run), **ability.of(None))
+    if not journal.has(THE_BASE, 0):
+        loss = run.record("sft")["metrics"]["baseValidationLoss"]
+        journal.add(THE_BASE, 0, loss=loss, **ability.of(None))
     found = ability.of(run.stages / "sft" / "weights")
     seconds = round(time.monotonic() - started)
-    journal.add(label, seed, **figures(run), **found, seconds=seconds)
+    journal.add(label, seed, **figures(run, answers=options.answers), **found, seconds=seconds)
     run.remove()
 
 
