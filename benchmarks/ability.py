@@ -60,7 +60,7 @@ def passages() -> list[str]:
 def write_passages(folder: Path) -> None:
     """Write the general data, the watched data and the data that only the benchmark measures."""
     texts = passages()
-    for name, start, stop in (("general", 0, 128), ("watched", 128, 152), ("measured", 152, 176)):
+    for name, start, stop in (("general", 0, 128), ("watched", 128, 152), ("measured", 152, 168)):
         write_rows(folder / f"{name}.jsonl", [{"text": text} for text in texts[start:stop]])
 
 

@@ -7,8 +7,7 @@ Teaches SmolLM2-135M-Instruct the 20 facts of the quickstart by full fine-tuning
 rate, once without a defense and once with each of them, and prints a Markdown table of means over
 the seeds, with the least and the most in parentheses:
 
-- facts: the held-out loss of the facts, in nats per token, and with `--answers` the right answers
-  of 20,
+- facts: the held-out loss of the facts, in nats per token, and with `--answers` the right answers,
 - general loss: of passages of Python's manual that no run has read, in nats per token,
 - pairs: the share of minimal pairs of English in which the good sentence is more probable, with
   `--pairs`: JSON lines with `good` and `bad`, such as those of BLiMP (Warstadt et al. 2020).
@@ -39,7 +38,7 @@ RATE = 3e-4
 NO_DEFENSE = "no defense"
 COLUMNS = (
     Column("loss of the facts", "loss", "{:.2f}"),
-    Column("right of 20", "right", "{:.1f}"),
+    Column("right answers", "right", "{:.1f}"),
     Column("general loss", "general", "{:.2f}"),
     Column("rise", "general", "{:+.2f}", sign=1),
     Column("pairs", "pairs", "{:.3f}"),
@@ -57,7 +56,7 @@ def defenses(folder: Path, batch: int) -> dict[str, dict[str, Any]]:
         NO_DEFENSE: {},
         "replay, share 0.3": {"data": {"replay": {"data": data, "share": 0.3}}},
         "L2-SP": preserve(l2Sp={"strength": 0.1}),
-        "EWC": preserve(ewc={"strength": 100.0, "samples": 12 * batch}, data=data),
+        "EWC": preserve(ewc={"strength": 100.0, "samples": 8 * batch}, data=data),
         "KL": preserve(kl={"strength": 1.0, "batchSize": batch // 2}, data=data),
         "LoRA": {
             "adapter": {"lora": {"rank": 16, "alpha": 32}},
@@ -74,12 +73,16 @@ def defenses(folder: Path, batch: int) -> dict[str, dict[str, Any]]:
     }
 
 
-def spec_of(changes: Mapping[str, Any], *, seed: int, steps: int, batch: int) -> dict[str, Any]:
-    """Return the spec of a run."""
+def spec_of(
+    changes: Mapping[str, Any], *, seed: int, steps: int, batch: int, held_out: int
+) -> dict[str, Any]:
+    """Return the spec of a run. `held_out`: questions to measure, of the 20."""
     spec: dict[str, Any] = {
         "data": {
             "train": [{"uri": f"file://{FACTS / 'train.jsonl'}"}],
-            "validation": {"data": [{"uri": f"file://{FACTS / 'validation.jsonl'}"}]},
+            "validation": {
+                "data": [{"uri": f"file://{FACTS / 'validation.jsonl'}", "limit": held_out}]
+            },
             "systemPrompt": "Hedgo help.",
         },
         "training": {
@@ -97,7 +100,7 @@ def spec_of(changes: Mapping[str, Any], *, seed: int, steps: int, batch: int) ->
     return spec
 
 
-def figures(run: Run, *, answers: bool) -> dict[str, Any]:
+def figures(run: Run, *, answers: bool, held_out: int) -> dict[str, Any]:
     """Return the figures of a finished run. `answers`: whether it was evaluated."""
     record = run.record("sft")
     found = {
@@ -107,7 +110,7 @@ def figures(run: Run, *, answers: bool) -> dict[str, Any]:
         "note": record["details"].get("stoppedByGuard"),
     }
     if answers:
-        found["right"] = round(run.record("evaluate")["metrics"]["answerAccuracy"] * 20)
+        found["right"] = round(run.record("evaluate")["metrics"]["answerAccuracy"] * held_out)
     return found
 
 
@@ -116,6 +119,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--batch", type=int, default=4, help="rows of a step, at least 2")
+    parser.add_argument("--held-out", type=int, default=20, help="questions to measure, at most 20")
     parser.add_argument("--answers", action="store_true", help="count the right answers too")
     parser.add_argument("--pairs", type=Path, help="minimal pairs to measure, as JSON lines")
     parser.add_argument("--most-pairs", type=int, default=200)
@@ -145,7 +149,9 @@ def measure(
 ) -> None:
     """Train, measure and write a run, and first the base if no run has."""
     started = time.monotonic()
-    spec = spec_of(changes, seed=seed, steps=options.steps, batch=options.batch)
+    spec = spec_of(
+        changes, seed=seed, steps=options.steps, batch=options.batch, held_out=options.held_out
+    )
     # prepare and sft, and with answers evaluate
     run = run_job(folder, "FineTuneJob", spec, stages=2 + options.answers)
     ability = Ability(folder, pairs=drawn(options.pairs, options.most_pairs))
@@ -154,7 +160,13 @@ def measure(
         journal.add(THE_BASE, 0, loss=loss, **ability.of(None))
     found = ability.of(run.stages / "sft" / "weights")
     seconds = round(time.monotonic() - started)
-    journal.add(label, seed, **figures(run, answers=options.answers), **found, seconds=seconds)
+    journal.add(
+        label,
+        seed,
+        **figures(run, answers=options.answers, held_out=options.held_out),
+        **found,
+        seconds=seconds,
+    )
     run.remove()
 
 
