@@ -5,7 +5,7 @@
 
 Aligns SmolLM2-135M-Instruct with the shortest dialogues of hh-rlhf (`--preferences`: JSON lines
 with `chosen` and `rejected`, compressed or not) at a high learning rate, once without a defense and
-once with each of them. Half of the prompts is held out. It prints a Markdown table of means over
+once with each of them. Two fifths of the prompts are held out. It prints a Markdown table of means over
 the seeds, with the least and the most in parentheses:
 
 - held-out pairs: the share of them whose chosen completion has gained more log-probability than the
@@ -110,7 +110,7 @@ def spec_of(changes: Mapping[str, Any], seed: int, batch: int) -> dict[str, Any]
         "seed": seed,
     }
     return {
-        "preferences": {"data": [{"uri": "file://preferences.jsonl"}], "heldOut": 0.5},
+        "preferences": {"data": [{"uri": "file://preferences.jsonl"}], "heldOut": 0.4},
         "optimize": {"dpo": {"beta": beta, "training": {**training, **own}}},
         **({"adapter": adapter} if adapter else {}),
     }
