@@ -5,8 +5,8 @@
 
 Aligns SmolLM2-135M-Instruct with the shortest dialogues of hh-rlhf (`--preferences`: JSON lines
 with `chosen` and `rejected`, compressed or not) at a high learning rate, once without a defense and
-once with each of them. Two fifths of the prompts are held out. It prints a Markdown table of means over
-the seeds, with the least and the most in parentheses:
+once with each of them. Two fifths of the prompts are held out. It prints a Markdown table of means
+over the seeds, with the least and the most in parentheses:
 
 - held-out pairs: the share of them whose chosen completion has gained more log-probability than the
   rejected one (0.5 without training), and by how much more, in nats,
