@@ -60,7 +60,7 @@ def passages() -> list[str]:
 def write_passages(folder: Path) -> None:
     """Write the general data, the watched data and the data that only the benchmark measures."""
     texts = passages()
-    for name, start, stop in (("general", 0, 128), ("watched", 128, 152), ("measured", 152, 168)):
+    for name, start, stop in (("general", 0, 128), ("watched", 128, 152), ("measured", 152, 184)):
         write_rows(folder / f"{name}.jsonl", [{"text": text} for text in texts[start:stop]])
 
 
@@ -143,13 +143,15 @@ class Ability:
     def __init__(
         self,
         folder: Path,
+        most_passages: int,
         pairs: Sequence[Mapping[str, Any]] = (),
         questions: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         """`folder`: where a job has run, with its cache and the passages."""
         self.base = next(path.parent for path in (folder / "cache").rglob("config.json"))
         self.tokenizer = load_tokenizer(self.base)
-        self.texts = self._rows([row["text"] for row in read_rows(folder / "measured.jsonl")])
+        texts = [row["text"] for row in read_rows(folder / "measured.jsonl")]
+        self.texts = self._rows(texts[:most_passages])
         given = {"pairs": pairs, "questions": questions}
         self.items = {name: [choices.parse(row) for row in rows] for name, rows in given.items()}
 

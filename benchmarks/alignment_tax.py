@@ -139,6 +139,7 @@ def measure(
     run = run_job(folder, "AlignmentJob", spec, stages=2)  # pairs and dpo
     ability = Ability(
         folder,
+        options.most_passages,
         pairs=drawn(options.pairs, options.most_pairs),
         questions=shortest(options.questions, options.most_questions),
     )
@@ -172,6 +173,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--preferences", type=Path, help="dialogues of hh-rlhf as JSON lines")
     parser.add_argument("--most-preferences", type=int, default=64)
+    parser.add_argument("--most-passages", type=int, default=32, help="of the general loss")
     parser.add_argument("--pairs", type=Path, help="minimal pairs to measure, as JSON lines")
     parser.add_argument("--most-pairs", type=int, default=100)
     parser.add_argument("--questions", type=Path, help="questions to measure, as JSON lines")

@@ -56,7 +56,7 @@ def defenses(folder: Path, batch: int) -> dict[str, dict[str, Any]]:
         NO_DEFENSE: {},
         "replay, share 0.3": {"data": {"replay": {"data": data, "share": 0.3}}},
         "L2-SP": preserve(l2Sp={"strength": 0.1}),
-        "EWC": preserve(ewc={"strength": 100.0, "samples": 8 * batch}, data=data),
+        "EWC": preserve(ewc={"strength": 100.0, "samples": 12 * batch}, data=data),
         "KL": preserve(kl={"strength": 1.0, "batchSize": batch // 2}, data=data),
         "LoRA": {
             "adapter": {"lora": {"rank": 16, "alpha": 32}},
@@ -121,6 +121,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4, help="rows of a step, at least 2")
     parser.add_argument("--held-out", type=int, default=20, help="questions to measure, at most 20")
     parser.add_argument("--answers", action="store_true", help="count the right answers too")
+    parser.add_argument("--most-passages", type=int, default=32, help="of the general loss")
     parser.add_argument("--pairs", type=Path, help="minimal pairs to measure, as JSON lines")
     parser.add_argument("--most-pairs", type=int, default=200)
     parser.add_argument("--journal", type=Path, default=Path("forgetting.jsonl"))
@@ -154,7 +155,7 @@ def measure(
     )
     # prepare and sft, and with answers evaluate
     run = run_job(folder, "FineTuneJob", spec, stages=2 + options.answers)
-    ability = Ability(folder, pairs=drawn(options.pairs, options.most_pairs))
+    ability = Ability(folder, options.most_passages, pairs=drawn(options.pairs, options.most_pairs))
     if not journal.has(THE_BASE, 0):
         loss = run.record("sft")["metrics"]["baseValidationLoss"]
         journal.add(THE_BASE, 0, loss=loss, **ability.of(None))
