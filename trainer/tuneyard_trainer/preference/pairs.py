@@ -256,6 +256,11 @@ class _Reader:
             "answers": [completion.text for completion in preference.completions],
             "label": preference.label,
         }
+        if any(completion.reasoning or completion.calls for completion in preference.completions):
+            line["turns"] = [
+                template_turns((*preference.prompt, completion))[-1]
+                for completion in preference.completions
+            ]
         if preference.tools:
             line["tools"] = list(preference.tools)
         text.write(json.dumps(line, ensure_ascii=False) + "\n")
