@@ -314,6 +314,7 @@ DPO = job(
       maxLength: 512
       onOverlength: drop
       onInvalidRow: skip
+      reasoning: drop
     optimize:
       dpo: {loss: ipo, beta: 0.2, labelSmoothing: 0.1, training: {epochs: 1}}
     rounds: 2
@@ -374,6 +375,7 @@ PPO = job(
           format: text
           fields: {prompt: p}
           limit: 100
+          reasoning: drop
           tokenSecret: {name: hub, key: token}
           credentials: {name: store}
         principles: [Be kind.]

@@ -265,6 +265,11 @@ class PromptSet(Model):
     """Names of the fields, if the file does not use the format's own."""
     limit: int | None = Field(default=None, ge=1)
     """Number of rows to read, from the start. None: all."""
+    reasoning: Literal["keep", "drop"] = Field(
+        default="keep", exclude_if=lambda reasoning: reasoning == "keep"
+    )
+    """Treatment of the reasoning in the assistant's turns of a prompt. keep: render it where the
+    chat template does. drop: leave it out."""
     token_secret: SecretKeyRef | None = None
     """Access token of a gated hf:// data set. None: anonymous access (`tuneyard run`: HF_TOKEN)."""
     credentials: SecretRef | None = None
