@@ -81,7 +81,8 @@ LORA = job(
           {messages: m, system: s, prompt: p, input: i, completion: c, text: t, history: h,
            tools: u, reasoning: r, expected: e, role: o, content: w, chosen: b, rejected: z,
            answers: a, ranks: k, scores: q, label: l, document: d, event: v, id: g, of: f, by: x,
-           session: j}
+           session: j, answer: aa, rank: ab, score: ac, scoreChosen: ad, scoreRejected: ae,
+           probability: af, instances: ag, parent: ah, replies: ai, deleted: aj, reviewed: ak}
         paths: all
         weight: 2.0
         limit: 100

@@ -204,9 +204,8 @@ def _row_turns(
         given = readers.input_text(value, names.of("input", value)) if names.maps("input") else ""
         return [Turn("user", readers.with_input(text, given))], tools
     chosen = names.value("chosen", value)  # preferences whose sides hold the prompt
-    sides = names.of("chosen", value), names.of("rejected", value)
     if isinstance(chosen, str) and not dialogue(chosen):
-        asked = readers.beginning(value, sides).strip()
+        asked = readers.beginning(value, names).strip()
         return [Turn("user", asked)] if asked else [], tools
     return (side(chosen, "chosen", "assistant") if chosen is not None else []), tools
 

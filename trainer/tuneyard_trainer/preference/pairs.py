@@ -198,7 +198,8 @@ class _Reader:
             self.ledgers[-1].read += 1
             with suppress(RowError):  # reported where the row is parsed
                 value, layout = recognized(row, dataset.fields, dataset.format)
-                self.unread[-1].note(value, columns_read(value, layout, dataset.fields))
+                columns = columns_read(value, layout, dataset.fields)
+                self.unread[-1].note(value, columns, layout.names(dataset.fields).keys)
             yield row
 
     def _name_unread(self) -> None:
