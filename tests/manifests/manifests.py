@@ -81,7 +81,8 @@ LORA = job(
           {messages: m, system: s, prompt: p, input: i, completion: c, text: t, history: h,
            tools: u, reasoning: r, expected: e, role: o, content: w, chosen: b, rejected: z,
            answers: a, ranks: k, scores: q, label: l, document: d, event: v, id: g, of: f, by: x,
-           session: j}
+           session: j, answer: aa, rank: ab, score: ac, scoreChosen: ad, scoreRejected: ae,
+           probability: af, instances: ag, parent: ah, replies: ai, deleted: aj, reviewed: ak}
         paths: all
         weight: 2.0
         limit: 100
@@ -329,6 +330,7 @@ DPO = job(
       maxLength: 512
       onOverlength: drop
       onInvalidRow: skip
+      reasoning: drop
     optimize:
       dpo: {loss: ipo, beta: 0.2, labelSmoothing: 0.1, training: {epochs: 1}}
     rounds: 2
@@ -391,6 +393,7 @@ PPO = job(
           format: text
           fields: {prompt: p}
           limit: 100
+          reasoning: drop
           tokenSecret: {name: hub, key: token}
           credentials: {name: store}
         principles: [Be kind.]

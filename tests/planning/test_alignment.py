@@ -135,6 +135,19 @@ def test_later_steps_use_the_system_prompt_of_fine_tuning() -> None:
     assert pairs.chat.system_prompt == "Hedgo help."
 
 
+@pytest.mark.parametrize(
+    ("field", "name"),
+    [("preferences__reasoning", "pairs"), ("optimize__ppo__prompts__reasoning", "ppo")],
+)
+def test_reasoning_is_dropped_by_the_stage_that_reads_it(field: str, name: str) -> None:
+    known = stage(plan_job(job("ppo")), name)
+    dropped = stage(plan_job(job("ppo", **{field: "drop"})), name)
+    assert '"drop"' in dropped.settings.model_dump_json()
+    assert dropped.fingerprint != known.fingerprint
+    kept = stage(plan_job(job("ppo", **{field: "keep"})), name)
+    assert kept == known, "the default is not part of a plan"
+
+
 def test_rounds_sample_label_and_optimize_again_from_the_last_rounds_model() -> None:
     planned = plan_job(job("ai-feedback", rounds=3))
     assert names(planned)[3:] == [

@@ -145,6 +145,11 @@ class Preferences(Model):
     """Treatment of an invalid row (identical sides, an empty completion, different prompts).
     error: fail the stage. skip: leave the row out and count it; at most half of the rows may be
     skipped."""
+    reasoning: Literal["keep", "drop"] = Field(
+        default="keep", exclude_if=lambda reasoning: reasoning == "keep"
+    )
+    """Treatment of the assistant's reasoning in prompts and completions, as in `data.reasoning`.
+    keep: render it and train on it where the chat template does. drop: leave it out."""
 
     rules: ClassVar[tuple[Rule, ...]] = (
         Rule(

@@ -184,7 +184,8 @@ class FieldMap(Model):
     """Field of the completion (`completion`; `output` in alpaca, `targets` in flan). None:
     the format's own name."""
     text: str | None = Field(default=None, min_length=1, max_length=128)
-    """Field of the document (format text). None: `text`."""
+    """Field of the document (format text), or of a message's text (format openassistant). None:
+    `text`."""
     history: str | None = _column()
     """Field of the earlier turns, as pairs of question and answer (format alpaca). None:
     `history`."""
@@ -196,7 +197,7 @@ class FieldMap(Model):
     """Field of the right answers, which an evaluation compares completions with. None:
     `expected`."""
     role: str | None = _column()
-    """Key of the role in a turn. None: `role`, or `from`."""
+    """Key of the role in a turn, or in a message of a tree. None: `role`, or `from`."""
     content: str | None = _column()
     """Key of the text in a turn. None: `content`, or `value`."""
     chosen: str | None = _column()
@@ -211,13 +212,42 @@ class FieldMap(Model):
     scores: str | None = _column()
     """Field of the answers' scores; higher is better (format ranking), or of the score of one
     answer (format feedback). None: `scores`; `score` in feedback."""
+    answer: str | None = _column()
+    """Key of the text in each of the `answers` (format ranking). None: `answer`, `response`, `text`
+    or `generation`."""
+    rank: str | None = _column()
+    """Key of the rank in each of the `answers` (format ranking), or in a message (format
+    openassistant). None: `rank`."""
+    score: str | None = _column()
+    """Key of the score in each of the `answers` (format ranking). None: `overall_score`, `score` or
+    `rating`."""
+    score_chosen: str | None = _column()
+    """Field of the better answer's score (format preference). None: `score_chosen`."""
+    score_rejected: str | None = _column()
+    """Field of the worse answer's score (format preference). None: `score_rejected`."""
+    probability: str | None = _column()
+    """Field of the probability that the chosen answer is better (format preference). None:
+    `probability`."""
+    instances: str | None = _column()
+    """Field of the list of inputs and outputs of one instruction (format alpaca). None:
+    `instances`."""
+    parent: str | None = _column()
+    """Field of the id of the message before (format openassistant). None: `parent_id`."""
+    replies: str | None = _column()
+    """Field of the replies to a message (format openassistant, trees). None: `replies`."""
+    deleted: str | None = _column()
+    """Field that says whether a message was deleted (format openassistant). None: `deleted`."""
+    reviewed: str | None = _column()
+    """Field that says whether a message was accepted (format openassistant). None:
+    `review_result`."""
     label: str | None = _column()
     """Field of the label of a single completion (formats labeled, feedback). None: `label`,
     `thumbs` or `kto_tag`."""
     event: str | None = _column()
     """Field of the kind of an event (format feedback). None: `event`."""
     id: str | None = _column()
-    """Field of the id of a request or an answer (format feedback). None: `id`."""
+    """Field of the id of a request or an answer (format feedback), or of a message (format
+    openassistant). None: `id`; `message_id` in openassistant."""
     of: str | None = _column()
     """Field of the id that an event is about (format feedback). None: `of`."""
     by: str | None = _column()
@@ -265,6 +295,11 @@ class PromptSet(Model):
     """Names of the fields, if the file does not use the format's own."""
     limit: int | None = Field(default=None, ge=1)
     """Number of rows to read, from the start. None: all."""
+    reasoning: Literal["keep", "drop"] = Field(
+        default="keep", exclude_if=lambda reasoning: reasoning == "keep"
+    )
+    """Treatment of the reasoning in the assistant's turns of a prompt. keep: render it where the
+    chat template does. drop: leave it out."""
     token_secret: SecretKeyRef | None = None
     """Access token of a gated hf:// data set. None: anonymous access (`tuneyard run`: HF_TOKEN)."""
     credentials: SecretRef | None = None

@@ -247,6 +247,8 @@ class PromptSettings(Model):
     """Field names that differ from the format's own."""
     limit: int | None
     """Number of rows to read, from the start. None: all."""
+    reasoning: Literal["drop"] | None = Field(default=None, exclude_if=lambda value: value is None)
+    """Treatment of the assistant's reasoning. None: it is kept."""
 
 
 class RewardTerm(Model):
@@ -348,6 +350,9 @@ class PairsSettings(Model):
     """Treatment of longer rows."""
     on_invalid_row: Literal["error", "skip"]
     """Treatment of invalid rows."""
+    reasoning: Literal["drop"] | None = Field(default=None, exclude_if=lambda value: value is None)
+    """Treatment of the assistant's reasoning. None: it is kept where the chat template renders
+    it."""
     chat: ChatSettings
     """How messages are formatted as text."""
     seed: int

@@ -292,6 +292,7 @@ class _Builder:
             max_length=preferences.max_length,
             on_overlength="drop" if judged else preferences.on_overlength,
             on_invalid_row="skip" if judged else preferences.on_invalid_row,
+            reasoning="drop" if preferences.reasoning == "drop" else None,
             chat=self.chat,
             seed=defaults.SPLIT_SEED,
         )
@@ -534,4 +535,9 @@ class _Builder:
 
 
 def _prompts(prompts: PromptSet) -> PromptSettings:
-    return PromptSettings(format=prompts.format, fields=prompts.fields, limit=prompts.limit)
+    return PromptSettings(
+        format=prompts.format,
+        fields=prompts.fields,
+        limit=prompts.limit,
+        reasoning="drop" if prompts.reasoning == "drop" else None,
+    )

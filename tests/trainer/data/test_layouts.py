@@ -16,7 +16,8 @@ from tuneyard_trainer.data.prompts import Prompt, read_prompts
 from tuneyard_trainer.data.reading import layouts
 from tuneyard_trainer.data.reading.conversations import template_turns
 from tuneyard_trainer.data.reading.example import Example, Message, RowError, ToolCall
-from tuneyard_trainer.data.reading.rows import Row, read_data
+from tuneyard_trainer.data.reading.layouts import Purpose
+from tuneyard_trainer.data.reading.rows import BrokenRow, Row, read_data
 from tuneyard_trainer.data.reading.stream import Examples, examples
 from tuneyard_trainer.data.reading.trees import link_messages
 from tuneyard_trainer.preference.rows import Preference, parse_preferences
@@ -634,6 +635,125 @@ def test_a_circle_of_replies_is_refused_with_its_row(tmp_path: Path) -> None:
     with pytest.raises(StageError, match=r"row 3: message_id x is its own ancestor") as caught:
         list(stream(tmp_path, *rows))
     assert "2 of 4 rows" in caught.value.message
+
+
+def renamed(value: Any, old: str, new: str) -> Any:
+    """Return a row whose key has another name, in nested objects too."""
+    if isinstance(value, list):
+        return [renamed(each, old, new) for each in value]
+    if not isinstance(value, dict):
+        return value
+    return {new if key == old else key: renamed(part, old, new) for key, part in value.items()}
+
+
+QUESTION = {"text": "q", "role": "prompter", "message_id": "1", "parent_id": None}
+REPLIES = [
+    {"text": text, "role": "assistant", "rank": rank, "message_id": text, "parent_id": "1"}
+    for text, rank in (("a", 1), ("b", 0))
+]
+LEFT_OUT = [
+    REPLIES[0] | {"text": "c", "deleted": True, "rank": -1},
+    REPLIES[0] | {"text": "d", "review_result": False, "rank": -2},
+]
+RANKED = QUESTION | {"replies": [*REPLIES, *LEFT_OUT]}
+READ_WHOLE: list[tuple[str, dict[str, Any]]] = [
+    ("training", {"messages": [turn("user", "q"), turn("assistant", "a")], "tools": [*TOOLS]}),
+    ("training", {"instruction": "q", "input": "i", "output": "a", "system": "s"}),
+    ("training", {"instruction": "q", "output": "a", "history": [["x", "y"]]}),
+    ("training", {"instruction": "q", "instances": [{"input": "i", "output": "a"}]}),
+    ("training", {"instruction": "q", "context": "c", "response": "a"}),
+    ("training", {"inputs": "q", "targets": "a"}),
+    ("training", {"system_prompt": "s", "question": "q", "response": "a"}),
+    ("training", {"conversations": [said("human", "q"), said("gpt", "a")], "system": "s"}),
+    ("training", {"prompt": RANKED}),
+    ("training", {"data": ["q", "a"]}),
+    ("training", {"prompt": "q", "completion": "a", "expected": "a"}),
+    ("training", {"text": "t"}),
+    ("preferences", {"prompt": "q", "chosen": "a", "rejected": "b", "probability": 0.8}),
+    (
+        "preferences",
+        {"question": "q", "chosen": "a", "rejected": "b", "score_chosen": 2, "score_rejected": 1},
+    ),
+    (
+        "preferences",
+        {
+            "input": {"messages": [turn("user", "q")], "tools": [*TOOLS]},
+            "preferred_output": [turn("assistant", "a")],
+            "non_preferred_output": [turn("assistant", "b")],
+        },
+    ),
+    ("preferences", {"prompt": "q", "answers": ["a", "b"], "ranks": [2, 1]}),
+    ("preferences", {"prompt": "q", "answers": ["a", "b"], "scores": [2, 1]}),
+    (
+        "preferences",
+        {"prompt": "q", "answers": [{"generation": t, "rank": r} for t, r in (("a", 2), ("b", 1))]},
+    ),
+    (
+        "preferences",
+        {"prompt": "q", "answers": [{"response": t, "rating": r} for t, r in (("a", 1), ("b", 2))]},
+    ),
+    ("preferences", {"prompt": "q", "completion": "a", "kto_tag": True}),
+    ("preferences", RANKED),
+]
+"""Rows of each layout all of whose columns are read."""
+
+
+@pytest.mark.parametrize(("purpose", "row"), READ_WHOLE)
+def test_each_column_of_each_layout_has_a_field_that_renames_it(
+    purpose: Purpose, row: dict[str, Any]
+) -> None:
+    """A column that a reader looks up by its published name alone fails here."""
+
+    def read(value: dict[str, Any], fields: FieldMap, name: Any) -> Any:
+        (joined,) = layouts.joined([Row(1, value)], name, fields)
+        assert not isinstance(joined.value, BrokenRow)
+        layout = layouts.layout_of(name, purpose, fields)
+        return layouts.read(joined.value, layout, layout.names(fields))
+
+    layout = layouts.match(row, purpose, FieldMap())
+    assert layout is not None
+    known = read(row, FieldMap(), layout.name)
+    assert known
+
+    def keys(value: Any) -> set[str]:
+        parts = value.values() if isinstance(value, dict) else value
+        nested = [keys(part) for part in parts if isinstance(part, dict | list)]
+        return {*(value if isinstance(value, dict) else ()), *(k for ks in nested for k in ks)}
+
+    unnamed = {"message_id", "parent_id"} if "replies" in keys(row) else set()
+    for column in keys(row) - keys(TOOLS) - unnamed:
+        inner = {"role": ("role", "from"), "content": ("content", "value")}
+        fields = [
+            field
+            for field in layout.fields
+            if column in (*layout.fields[field], *inner.get(field, ()))
+        ]
+        assert fields, f"no field of {layout.name} names {column}"
+        other = renamed(row, column, f"x_{column}")
+        assert read(other, FieldMap(**{fields[0]: f"x_{column}"}), layout.name) == known, column
+
+
+def test_the_messages_of_a_tree_can_have_any_names(tmp_path: Path) -> None:
+    names = {"message_id": "key", "parent_id": "of", "role": "who", "text": "body", "rank": "r"}
+    rows = [QUESTION, *REPLIES]
+    for old, new in names.items():
+        rows = [renamed(row, old, new) for row in rows]
+    rows = [row | {"text": "another column"} for row in rows]
+    fields = {"id": "key", "parent": "of", "role": "who", "text": "body", "rank": "r"}
+    (example,) = stream(tmp_path, *rows, fields=fields)
+    assert shown(example.messages) == ["user: q", "assistant: b"]
+
+
+@pytest.mark.parametrize("field", sorted(FieldMap.model_fields))
+def test_each_field_belongs_to_a_layout(field: str) -> None:
+    assert any(field in layout.fields for layout in layouts.LAYOUTS)
+
+
+def test_keys_of_turns_that_nothing_reads_are_named(tmp_path: Path) -> None:
+    asked = turn("user", "q", lang="en", note=None)
+    found = stream(tmp_path, {"messages": [asked, turn("assistant", "a", weight=1, score=3)]})
+    list(found)
+    assert found.summary.unread == ("messages[].lang", "messages[].score")
 
 
 def test_fields_name_every_column_of_a_layout() -> None:

@@ -103,6 +103,20 @@ def test_an_input_that_cannot_follow_its_prompt_is_refused(
         (["user", "system", "user"], "turn 2 is by system and follows user; expected assistant"),
     ],
 )
+def test_the_reasoning_of_earlier_turns_is_kept_or_dropped_as_the_job_says(tmp_path: Path) -> None:
+    turns = [
+        {"role": "user", "content": "Which port?"},
+        {"role": "assistant", "content": "Left.", "reasoning_content": "Two ports."},
+        {"role": "user", "content": "Sure?"},
+    ]
+    path = tmp_path / "p.jsonl"
+    (kept,) = read(path, {"messages": turns})
+    assert kept.messages[1]["reasoning_content"] == "Two ports."
+    settings = PromptSettings(format="auto", fields=FieldMap(), limit=None, reasoning="drop")
+    (dropped,) = read_prompts(path, settings, CHAT, name="prompts")
+    assert dropped.messages[1] == {"role": "assistant", "content": "Left."}
+
+
 def test_a_prompt_with_roles_out_of_order_is_refused_by_its_row(
     tmp_path: Path, roles: list[str], problem: str
 ) -> None:

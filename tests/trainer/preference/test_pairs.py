@@ -273,6 +273,37 @@ def test_without_a_chat_template_a_row_holds_every_turn_and_the_jobs_system_prom
     )
 
 
+def test_reasoning_is_rendered_or_dropped_as_the_job_says(
+    tmp_path: Path, tiny_model_dir: Path, tiny_tokenizer: Any
+) -> None:
+    template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + "
+        "(m['reasoning_content'] or '') + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    chat = ChatSettings(system_prompt=None, chat_template=template)
+    sides = {
+        side: {"role": "assistant", "content": answer, "thinking": "Hm. "}
+        for side, answer in (("chosen", "Yes."), ("rejected", "<think>So.</think>No."))
+    }
+    rows = [{"prompt": f"{number}?", **sides} for number in range(4)]
+
+    def decoded(**policy: Any) -> tuple[str, list[Any]]:
+        found, _ = run(tmp_path, tiny_model_dir, rows, chat=chat, held_out=0.5, **policy)
+        lines = (tmp_path / "out" / "validation.jsonl").read_text().splitlines()
+        texts = [tiny_tokenizer.decode(found.train.rows.ids(row)) for row in (0, 1)]
+        return "".join(texts), [json.loads(line) for line in lines]
+
+    kept, held = decoded()
+    assert kept.count("Hm. ") == 2
+    assert held[0]["turns"][0]["reasoning_content"] == "Hm. "
+    dropped, held = decoded(reasoning="drop")
+    assert "Hm." not in dropped
+    assert "So." not in dropped
+    assert held[0]["answers"] == ["Yes.", "No."]
+    assert "turns" not in held[0]
+
+
 def test_one_invalid_row_fails_the_stage_and_is_shown(tmp_path: Path, tiny_model_dir: Path) -> None:
     rows = [*PAIRS, PAIRS[0] | {"rejected": PAIRS[0]["chosen"]}]
     with pytest.raises(StageError) as caught:

@@ -126,7 +126,7 @@ def _of_examples(path: Path, settings: PromptSettings, name: str) -> list[Prompt
     )
     return [
         Prompt(
-            tuple(template_turns(example.messages[:-1])),
+            tuple(template_turns(example.messages[:-1], reasoning=settings.reasoning != "drop")),
             f"{example.file} row {example.row}".strip(),
         )
         for example in examples(path, dataset, on_invalid="skip", name=name)
@@ -159,7 +159,7 @@ def _of_rows(rows: Iterable[Row], settings: PromptSettings, name: str) -> list[P
     for row in rows:
         where = f"{row.file} row {row.number}".strip()
         try:
-            turns, tools = _turns(row, names)
+            turns, tools = _turns(row, names, reasoning=settings.reasoning != "drop")
         except RowError as error:
             faults.append(f"{where}: {error}")
         else:
@@ -178,7 +178,9 @@ def _of_rows(rows: Iterable[Row], settings: PromptSettings, name: str) -> list[P
 # ---- one row ----------------------------------------------------------------------------------
 
 
-def _turns(row: Row, names: Names) -> tuple[tuple[Message, ...], tuple[Mapping[str, Any], ...]]:
+def _turns(
+    row: Row, names: Names, *, reasoning: bool
+) -> tuple[tuple[Message, ...], tuple[Mapping[str, Any], ...]]:
     """Return the row's turns up to the last one of the user, and its tools. Raises RowError."""
     if isinstance(row.value, BrokenRow):
         raise RowError(row.value.reason, row.value.fault)
@@ -198,7 +200,7 @@ def prompt_turns(
     if not found:
         raise RowError(f"no turn is by a user; the row has {', '.join(value) or 'no fields'}")
     check_turns(found)
-    return tuple(template_turns(found)), tools
+    return tuple(template_turns(found, reasoning=reasoning)), tools
 
 
 def _row_turns(
@@ -212,9 +214,8 @@ def _row_turns(
         given = readers.input_text(value, names.of("input", value)) if names.maps("input") else ""
         return [Turn("user", readers.with_input(text, given))], tools
     chosen = names.value("chosen", value)  # preferences whose sides hold the prompt
-    sides = names.of("chosen", value), names.of("rejected", value)
     if isinstance(chosen, str) and not dialogue(chosen):
-        asked = readers.beginning(value, sides).strip()
+        asked = readers.beginning(value, names).strip()
         return [Turn("user", asked)] if asked else [], tools
     return (side(chosen, "chosen", "assistant") if chosen is not None else []), tools
 

@@ -6,6 +6,7 @@ Shapes: R rows (one completion each), P pairs.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from tuneyard_trainer.evaluation.part import Found, Loaded
 from tuneyard_trainer.judging.judges import turn
 from tuneyard_trainer.preference.dataset import Comparisons, Preferences
 from tuneyard_trainer.preference.metrics import pair_metrics, pairs_of, unpaired_metrics
+from tuneyard_trainer.reinforcement.rewards import Attempt
 
 
 @dataclass(frozen=True)
@@ -28,8 +30,8 @@ class HeldOutPreferences:
     comparisons: Comparisons
     labeled: bool
     """Whether they are single completions labeled good or bad."""
-    texts: tuple[tuple[Prompt, tuple[str, ...]], ...]
-    """The prompts with their completions, as text, in the order of the rows."""
+    groups: tuple[tuple[Attempt, ...], ...]
+    """The completions of each preference with its prompt, in the order of `comparisons`."""
 
     @classmethod
     def open(cls, folder: Path, chat: ChatSettings) -> HeldOutPreferences | None:
@@ -37,12 +39,17 @@ class HeldOutPreferences:
         data = Preferences.open(folder)
         if data.validation is None:
             return None
-        return cls(data.validation, data.labeled, _texts(folder, chat))
+        return cls(data.validation, data.labeled, tuple(_groups(folder, chat)))
 
     @property
     def prompts(self) -> list[Prompt]:
-        """The prompts, in the order of the rows."""
-        return [prompt for prompt, _ in self.texts]
+        """The prompts, in the order of the preferences."""
+        return [group[0].prompt for group in self.groups]
+
+    @property
+    def attempts(self) -> list[Attempt]:
+        """The completions, in the order of the rows."""
+        return [attempt for group in self.groups for attempt in group]
 
     def items(self, scores_R: NDArray[np.float64]) -> Items:
         """Return the accuracy of each pair, or of each labeled completion: 1, 0, or 0.5 for equal
@@ -85,8 +92,9 @@ class ImplicitRewards:
         return Found(metrics, items=items)
 
 
-def _texts(folder: Path, chat: ChatSettings) -> tuple[tuple[Prompt, tuple[str, ...]], ...]:
-    texts = []
+def _groups(folder: Path, chat: ChatSettings) -> Iterator[tuple[Attempt, ...]]:
+    """Yield the preferences of `validation.jsonl`. A line has `turns` if a text is not all of an
+    answer: if one of them has reasoning or calls."""
     with (folder / "validation.jsonl").open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):
             row = json.loads(line)
@@ -95,5 +103,7 @@ def _texts(folder: Path, chat: ChatSettings) -> tuple[tuple[Prompt, tuple[str, .
                 turns = [turn("system", chat.system_prompt), *turns]
             tools = tuple(row.get("tools", ()))
             prompt = Prompt(tuple(turns), f"held-out row {number}", row, tools)
-            texts.append((prompt, tuple(row["answers"])))
-    return tuple(texts)
+            answers = row["answers"]
+            written = row.get("turns") or [turn("assistant", answer) for answer in answers]
+            pairs = zip(answers, written, strict=True)
+            yield tuple(Attempt(prompt, answer, completion) for answer, completion in pairs)

@@ -40,8 +40,8 @@ class RewardOfCompletions:
     def rate(self, answered: Answered) -> Found:
         """Return the mean reward of both models, and the reward of each completion; of the
         optimized one also its correlation with the length."""
-        before_N = scores(self.shared, self.reward, answered.prompts, answered.before)
-        tuned_N = scores(self.shared, self.reward, answered.prompts, answered.tuned)
+        before_N = self._scores(answered.prompts, answered.before)
+        tuned_N = self._scores(answered.prompts, answered.tuned)
         gains_N = tuned_N - before_N
         ids = tuple(prompt.where for prompt in answered.prompts)
         name = self.name
@@ -68,6 +68,10 @@ def _with_length(rewards_N: NDArray[np.float64], lengths_N: NDArray[np.float64])
     evidence = {name: Estimate(interval, len(rewards_N))} if interval else {}
     return Found({name: found}, estimates=evidence)
 
+    def _scores(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> NDArray[np.float64]:
+        pairs = zip(prompts, texts, strict=True)
+        return scores(self.shared, self.reward, [Attempt(prompt, text) for prompt, text in pairs])
+
 
 @dataclass(frozen=True)
 class RewardOfPreferences:
@@ -91,9 +95,7 @@ class RewardOfPreferences:
         self.shared.stop_together()
         self.context.worker.report(total_steps=1, message="measuring the reward model")
         reward = load(self.context, self.shared, self.terms, self.chat, self.held_out.prompts)
-        prompts = [prompt for prompt, texts in self.held_out.texts for _ in texts]
-        texts = [text for _, texts in self.held_out.texts for text in texts]
-        scores_R = scores(self.shared, reward, prompts, texts)
+        scores_R = scores(self.shared, reward, self.held_out.attempts)
         metrics = pair_metrics("reward", scores_R, self.held_out.comparisons)
         items = {"rewardAccuracy": self.held_out.items(scores_R)} if metrics else {}
         return Found(metrics, items=items)
@@ -123,15 +125,12 @@ def load_independent(
     return IndependentReward.load(term, context.inputs, chat, prompts, device, check_stop)
 
 
-def scores(
-    shared: SharedStage, reward: Reward, prompts: Sequence[Prompt], completions: Sequence[str]
-) -> NDArray[np.float64]:
+def scores(shared: SharedStage, reward: Reward, attempts: Sequence[Attempt]) -> NDArray[np.float64]:
     """Return (N,) the reward of each completion. The workers share them. Raises StageError if one
     is not finite."""
-    attempts = [Attempt(*pair) for pair in zip(prompts, completions, strict=True)]
     found = shared.results(
         [len(attempt.completion) for attempt in attempts],
         lambda own: reward([attempts[i] for i in own]).tolist(),
     )
-    scores_N = rewards.finite(torch.tensor(found), prompts)
+    scores_N = rewards.finite(torch.tensor(found), [attempt.prompt for attempt in attempts])
     return np.array(scores_N.tolist())

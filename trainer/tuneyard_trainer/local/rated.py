@@ -72,4 +72,5 @@ class RatedRows:
         with suppress(RowError):  # reported where the row is parsed
             value, layout = recognized(row, self._fields, self._layout)
             self._names[layout.name] = None
-            self._unread.note(value, columns_read(value, layout, self._fields))
+            columns = columns_read(value, layout, self._fields)
+            self._unread.note(value, columns, layout.names(self._fields).keys)

@@ -31,7 +31,7 @@ from tuneyard_trainer.data.ledger import Ledger, ledger_details
 from tuneyard_trainer.data.parallel import Pool, num_processes
 from tuneyard_trainer.data.prepared import BLOCK_ROWS, SPLITS, Rows, RowWriter
 from tuneyard_trainer.data.reading import layouts
-from tuneyard_trainer.data.reading.conversations import template_turns
+from tuneyard_trainer.data.reading.conversations import template_turns, turn_text
 from tuneyard_trainer.data.reading.example import RowError
 from tuneyard_trainer.data.reading.rows import Row, read_data
 from tuneyard_trainer.data.reading.stream import FAULTS_SHOWN
@@ -121,7 +121,12 @@ class _Reader:
         limit = sequence_limit(
             context.inputs["model"], tokenizer, settings.max_length, "spec.preferences.maxLength"
         )
-        encoder = Encoder(tokenizer, "last-assistant", settings.chat.system_prompt)
+        encoder = Encoder(
+            tokenizer,
+            "last-assistant",
+            settings.chat.system_prompt,
+            reasoning=settings.reasoning != "drop",
+        )
         return cls(context, settings, encoder, limit)
 
     def outcome(self) -> StageOutcome:
@@ -193,7 +198,8 @@ class _Reader:
             self.ledgers[-1].read += 1
             with suppress(RowError):  # reported where the row is parsed
                 value, layout = recognized(row, dataset.fields, dataset.format)
-                self.unread[-1].note(value, columns_read(value, layout, dataset.fields))
+                columns = columns_read(value, layout, dataset.fields)
+                self.unread[-1].note(value, columns, layout.names(dataset.fields).keys)
             yield row
 
     def _name_unread(self) -> None:
@@ -247,15 +253,22 @@ class _Reader:
             rows.append(row.ids, row.mask, source)
         self.sizes.append(len(encoded))
         self.labels.append(preference.label)
-        turns = template_turns(preference.prompt)
+        reasoning = self.encoder.reasoning
+        turns = template_turns(preference.prompt, reasoning=reasoning)
+        written = [
+            template_turns((*preference.prompt, completion), reasoning=reasoning)[-1]
+            for completion in preference.completions
+        ]
         key = json.dumps(turns, ensure_ascii=False).encode("utf-8", "replace")
         content = hashlib.blake2b(key, digest_size=8, key=str(self.settings.seed).encode())
         self.prompts.append(int.from_bytes(content.digest(), "little"))
         line: dict[str, Any] = {
             "prompt": turns,
-            "answers": [completion.text for completion in preference.completions],
+            "answers": [turn_text(turn) for turn in written],
             "label": preference.label,
         }
+        if any(len(turn) > 2 for turn in written):  # more than role and content
+            line["turns"] = written
         if preference.tools:
             line["tools"] = list(preference.tools)
         text.write(json.dumps(line, ensure_ascii=False) + "\n")

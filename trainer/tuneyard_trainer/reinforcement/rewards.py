@@ -24,6 +24,7 @@ from tuneyard.errors import StageError
 from tuneyard_trainer.data.encoding.chat import ChatFormat, rendered, transcript
 from tuneyard_trainer.data.encoding.template_style import MisfitError
 from tuneyard_trainer.data.prompts import Prompt
+from tuneyard_trainer.data.reading.conversations import Message
 from tuneyard_trainer.generation.batches import length_batches
 from tuneyard_trainer.models import base, reward_models
 from tuneyard_trainer.models.files import context_length, first_line
@@ -38,6 +39,9 @@ class Attempt(NamedTuple):
     prompt: Prompt
     completion: str
     """As text, without the stop token."""
+    turn: Message | None = None
+    """The completion as a turn with its reasoning and calls, which the chat template renders as in
+    the rows that a reward model is trained on. None: a sampled completion, which is its text."""
 
 
 class Reward(Protocol):
@@ -151,8 +155,8 @@ class ExactMatch:
     def __call__(self, attempts: Sequence[Attempt]) -> Tensor:
         return torch.tensor(
             [
-                float(_normalized(completion) in _accepted(prompt.row[self.field]))
-                for prompt, completion in attempts
+                float(_normalized(each.completion) in _accepted(each.prompt.row[self.field]))
+                for each in attempts
             ]
         )
 
@@ -314,11 +318,11 @@ def _check_vocabulary(path: Path, model: Any, tokenizer: PreTrainedTokenizerBase
 def _chat_encoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[Attempt], list[int]]:
     """Encode prompt, completion and stop token by the chat template. Truncated completions get the
     stop token too: a truncated one is penalized by `ppo.missingEosPenalty` instead."""
-    stop = ChatFormat.of(tokenizer).stop
+    chat = ChatFormat.of(tokenizer)
 
     def encode(attempt: Attempt) -> list[int]:
         try:
-            text = rendered(tokenizer, attempt.prompt.messages) + attempt.completion + stop
+            text = _chat_text(chat, attempt)
         except MisfitError as error:
             raise StageError(
                 "RewardTokenizerMismatch",
@@ -328,6 +332,17 @@ def _chat_encoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[Attempt], lis
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
     return encode
+
+
+def _chat_text(chat: ChatFormat, attempt: Attempt) -> str:
+    """Return prompt and completion up to the stop token. Raises MisfitError if the chat template
+    refuses them."""
+    prompt = attempt.prompt
+    if attempt.turn is None:
+        return rendered(chat.tokenizer, prompt.messages) + attempt.completion + chat.stop
+    turns = [*prompt.messages, attempt.turn]
+    text, targets = chat.targets(turns, "last-assistant", tools=prompt.tools)
+    return text[: targets[-1][1]] if targets else text
 
 
 def _text_encoder(

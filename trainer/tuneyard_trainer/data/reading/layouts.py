@@ -12,7 +12,14 @@ from tuneyard_trainer.data.reading import feedback, readers
 from tuneyard_trainer.data.reading.example import RowError, printable
 from tuneyard_trainer.data.reading.readers import Fields, Names, Parsed
 from tuneyard_trainer.data.reading.rows import BrokenRow, Row
-from tuneyard_trainer.data.reading.trees import is_flat_message, is_tree, link_messages
+from tuneyard_trainer.data.reading.trees import (
+    COLUMNS,
+    by_published_names,
+    is_flat_message,
+    is_tree,
+    link_messages,
+    published,
+)
 
 Purpose = Literal["training", "preferences", "prompts"]
 """What rows are read for: conversations and texts, rated answers, or questions alone."""
@@ -36,8 +43,6 @@ class Layout:
     """Whether a row with the needed fields has this layout."""
     unmapped: frozenset[str] = frozenset()
     """Fields that make a row another layout's, if the manifest names their columns."""
-    also_read: tuple[str, ...] = ()
-    """Columns that are read and cannot be renamed."""
     read_singles: Callable[[Mapping[str, Any], Names], Iterator[Parsed]] | None = None
     """The reader of preferences as single completions. None: `read`, and a pair is two of them."""
 
@@ -87,11 +92,12 @@ def _has_texts(row: Mapping[str, Any], names: Names) -> bool:
 
 
 def _has_answer(row: Mapping[str, Any], names: Names) -> bool:
-    return names.value("completion", row) is not None or row.get("instances") is not None
+    return any(names.value(field, row) is not None for field in ("completion", "instances"))
 
 
-def _is_message_tree(row: Mapping[str, Any], _names: Names) -> bool:
-    return is_tree(row) or is_flat_message(row)
+def _is_message_tree(row: Mapping[str, Any], names: Names) -> bool:
+    message = published(row, names)
+    return is_tree(message) or is_flat_message(message)
 
 
 def _is_string(row: Mapping[str, Any], names: Names) -> bool:
@@ -125,6 +131,7 @@ LAYOUTS: tuple[Layout, ...] = (
             "prompt": ("instruction",),
             "input": ("input",),
             "completion": ("output",),
+            "instances": ("instances",),
             "system": ("system",),
             "history": ("history",),
             "reasoning": (),
@@ -134,7 +141,6 @@ LAYOUTS: tuple[Layout, ...] = (
         readers.instruction,
         looks_so=_has_answer,
         unmapped=_BOTH,
-        also_read=("instances",),
     ),
     Layout(
         "dolly",
@@ -186,7 +192,7 @@ LAYOUTS: tuple[Layout, ...] = (
     Layout(
         "openassistant",
         "message_id, parent_id, role, text; or a tree with replies",
-        {"document": ()},
+        {**COLUMNS, "document": ()},
         (),
         readers.openassistant,
         looks_so=_is_message_tree,
@@ -246,12 +252,12 @@ LAYOUTS: tuple[Layout, ...] = (
             **readers.ASKED,
             "chosen": ("chosen", "chosen_response", "preferred_output"),
             "rejected": ("rejected", "rejected_response", "non_preferred_output"),
+            **readers.PAIR_RATINGS,
         },
         (),
         readers.pair,
         "preferences",
         looks_so=_is_pair,
-        also_read=("probability", *readers.PAIR_SCORES),
     ),
     Layout(
         "ranking",
@@ -261,6 +267,7 @@ LAYOUTS: tuple[Layout, ...] = (
             "answers": ("answers", "responses", "completions"),
             "ranks": ("ranks",),
             "scores": ("scores",),
+            **readers.RATED,
         },
         ("answers",),
         readers.ranking,
@@ -281,7 +288,7 @@ LAYOUTS: tuple[Layout, ...] = (
     Layout(
         "openassistant",
         "message_id, parent_id, role, text, rank; or a tree with replies",
-        {},
+        COLUMNS,
         (),
         readers.openassistant_ranks,
         "preferences",
@@ -299,6 +306,7 @@ PROMPTS: Fields = {
     "tools": ("tools", "functions"),
     "chosen": ("chosen",),
     "rejected": ("rejected",),
+    **readers.PAIR_RATINGS,
 }
 """The columns of prompts: those of every layout, and of the answers those that may begin with a
 prompt."""
@@ -347,7 +355,7 @@ def columns_of(layout: Layout, fields: FieldMap) -> frozenset[str] | None:
     describe a message and are not meant to be read."""
     if layout.name == "openassistant":
         return None
-    return layout.names(fields).columns | set(layout.also_read)
+    return layout.names(fields).columns
 
 
 # ---- detection --------------------------------------------------------------------------------
@@ -508,7 +516,8 @@ def _nearest(
         needed = layout.needs or tuple(f for f in ("chosen", "rejected") if f in layout.fields)
         needed = (*needed, *(f for f in ("completion",) if f in layout.fields and f not in needed))
         missing = [field for field in needed if names.value(field, row) is None]
-        shared = sum(names.value(field, row) is not None for field in layout.fields)
+        outer = layout.fields.keys() - readers.INNER
+        shared = sum(names.value(field, row) is not None for field in outer)
         if missing and shared > best[0]:
             best = (shared, layout, missing[0])
     return best[1], best[2]
@@ -524,7 +533,7 @@ def joined(rows: Iterable[Row], chosen: DataFormat, fields: FieldMap) -> Iterato
     `chosen`: the layout; auto joins what it finds. Rows of other layouts are yielded unchanged.
     """
     if chosen in ("auto", "openassistant"):
-        rows = link_messages(rows)
+        rows = link_messages(by_published_names(rows, Names(COLUMNS, fields)))
     if chosen in ("auto", "feedback"):
         rows = feedback.join_events(rows, Names(feedback.COLUMNS, fields))
     yield from rows

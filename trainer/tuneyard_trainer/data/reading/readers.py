@@ -38,11 +38,20 @@ ASKED: Fields = {
 """The fields of the turns before rated answers."""
 _NO_PROMPTS = frozenset({*ASKED["system"], *ASKED["tools"], *ASKED["history"]})
 _LABEL_WORDS = {"up": 1.0, "down": 0.0, "true": 1.0, "false": 0.0}
-_ANSWER_KEYS = ("answer", "response", "text", "generation")
-_RANK_KEYS = ("rank",)
-PAIR_SCORES = ("score_chosen", "score_rejected")
-"""The columns of the scores of a pair, as in UltraFeedback's binarized form."""
-_SCORE_KEYS = ("overall_score", "score", "rating")
+RATED: Fields = {
+    "answer": ("answer", "response", "text", "generation"),
+    "rank": ("rank",),
+    "score": ("overall_score", "score", "rating"),
+}
+"""The keys of each of several answers."""
+INNER = frozenset({"role", "content", *RATED})
+"""The fields whose names are keys of a turn or an answer, and no columns."""
+PAIR_RATINGS: Fields = {
+    "probability": ("probability",),
+    "score_chosen": ("score_chosen",),
+    "score_rejected": ("score_rejected",),
+}
+"""The columns that rate a pair. UltraFeedback's binarized form has the scores."""
 _MAX_NUMBER = 1e30
 """The largest score. JSON can hold integers and infinities that no margin can be computed of."""
 
@@ -87,6 +96,10 @@ class Names:
                 return name
         return columns[0] if columns else ""
 
+    def published(self, field: str) -> Sequence[str]:
+        """Return the columns of a field, of which the first one with a value is read."""
+        return self._columns.get(field, ())
+
     def maps(self, field: str) -> bool:
         """Return whether the manifest names the field's column."""
         return field in self._given
@@ -99,10 +112,7 @@ class Names:
     def columns(self) -> frozenset[str]:
         """All columns that may be read."""
         return frozenset(
-            name
-            for field, names in self._columns.items()
-            if field not in ("role", "content")
-            for name in names
+            name for field, names in self._columns.items() if field not in INNER for name in names
         )
 
 
@@ -126,7 +136,7 @@ def instruction(row: Row, names: Names) -> Iterator[Parsed]:
     """Read an instruction and its answer, after a `history` of pairs of them; one conversation for
     each of the `instances` that Self-instruct's seeds hold."""
     question = _string(row, names.of("prompt", row))
-    for instance in _instances(row, names.of("completion", row)):
+    for instance in _instances(row, names):
         asked = with_input(question, input_text(instance, names.of("input", instance)))
         answer = _string(instance, names.of("completion", instance))
         thought = _reasoning(row, names)
@@ -158,15 +168,15 @@ def text(row: Row, names: Names) -> Iterator[Parsed]:
     yield Parsed(text=_string(row, names.of("text", row)))
 
 
-def openassistant(row: Row, _names: Names) -> Iterator[Parsed]:
+def openassistant(row: Row, names: Names) -> Iterator[Parsed]:
     """Read the best conversation of a tree."""
-    if thread := trees.best(row):
+    if thread := trees.best(trees.published(row, names)):
         yield Parsed(tuple(thread))
 
 
-def openassistant_all(row: Row, _names: Names) -> Iterator[Parsed]:
+def openassistant_all(row: Row, names: Names) -> Iterator[Parsed]:
     """Read every conversation of a tree, from its root to a last answer."""
-    for thread in trees.paths(row):
+    for thread in trees.paths(trees.published(row, names)):
         yield Parsed(tuple(thread))
 
 
@@ -179,15 +189,15 @@ def pair(row: Row, names: Names) -> Iterator[Parsed]:
     fields = names.of("chosen", row), names.of("rejected", row)
     sides = row.get(fields[0]), row.get(fields[1])
     if not before and all(isinstance(each, str) and not dialogue(each) for each in sides):
-        before, sides = _without_beginning(row, fields)
+        before, sides = _without_beginning(row, names)
     found = [answer(each, field, before, names) for each, field in zip(sides, fields, strict=True)]
     (asked, chosen), (other, rejected) = found
     if asked != other:
         raise RowError(f"{fields[0]} and {fields[1]} have different prompts", "DifferingPrompts")
     if _said(chosen) == _said(rejected):
         raise RowError(f"{fields[0]} and {fields[1]} are the same completion", "IdenticalSides")
-    label = _probability(row.get("probability", 1.0))
-    best, worst = map(row.get, PAIR_SCORES)
+    label = _probability(row.get(names.of("probability", row), 1.0), names.of("probability", row))
+    best, worst = names.value("score_chosen", row), names.value("score_rejected", row)
     margin = float(best - worst) if is_number(best) and is_number(worst) else None
     yield Parsed(asked, (chosen, rejected), label, tools=used, margin=margin)
 
@@ -205,7 +215,8 @@ def ranking(row: Row, names: Names) -> Iterator[Parsed]:
     answers = []
     for index, each in enumerate(given):
         where = f"{field}[{index}]"
-        key = next((k for k in _ANSWER_KEYS if isinstance(each, dict) and k in each), None)
+        keys = names.published("answer") if isinstance(each, dict) else ()
+        key = next((key for key in keys if key in each), None)
         answers.append(answer(each[key] if key else each, where, before, names)[1])
     ranks, are_scores = _ranks(row, names, given)
     ordered = _ordered(answers, ranks)
@@ -238,9 +249,9 @@ def answered(row: Row, names: Names) -> Parsed:
     return Parsed(tuple(_with_system(row, names, list(before))), (found,), tools=used)
 
 
-def openassistant_ranks(row: Row, _names: Names) -> Iterator[Parsed]:
+def openassistant_ranks(row: Row, names: Names) -> Iterator[Parsed]:
     """Read the ranked answers to each question of a tree."""
-    for thread, answers in trees.ranked(row):
+    for thread, answers in trees.ranked(trees.published(row, names)):
         yield Parsed(tuple(thread), tuple(answers))
 
 
@@ -268,13 +279,11 @@ def answer(
     return before or asked, _filled(last, field)
 
 
-def _without_beginning(
-    row: Row, fields: tuple[str, str]
-) -> tuple[tuple[Message, ...], tuple[str, str]]:
+def _without_beginning(row: Row, names: Names) -> tuple[tuple[Message, ...], tuple[str, str]]:
     """Return the prompt with which two texts begin, and the rest of both. Raises RowError."""
-    asked = beginning(row, fields)
+    asked, fields = beginning(row, names), (names.of("chosen", row), names.of("rejected", row))
     if not asked:
-        others = [name for name in _columns_beside(row, fields) if name not in _NO_PROMPTS]
+        others = [name for name in _columns_beside(row, names) if name not in _NO_PROMPTS]
         problem = (
             f"name its column, for example fields: {{prompt: {others[0]}}}"
             if others
@@ -285,11 +294,11 @@ def _without_beginning(
     return (Message("user", asked.strip()),), (chosen, rejected)
 
 
-def beginning(row: Row, fields: tuple[str, str]) -> str:
+def beginning(row: Row, names: Names) -> str:
     """Return the words with which both texts of a pair begin, which TRL calls an implicit prompt.
     "": there are none, or the row has other columns, one of which may be its prompt."""
-    first, second = (row.get(field) for field in fields)
-    if not (isinstance(first, str) and isinstance(second, str)) or _columns_beside(row, fields):
+    first, second = names.value("chosen", row), names.value("rejected", row)
+    if not (isinstance(first, str) and isinstance(second, str)) or _columns_beside(row, names):
         return ""
     pairs = enumerate(zip(first, second, strict=False))
     differ = next((at for at, (one, other) in pairs if one != other), min(len(first), len(second)))
@@ -298,9 +307,9 @@ def beginning(row: Row, fields: tuple[str, str]) -> str:
     return words if words.strip() else ""
 
 
-def _columns_beside(row: Row, fields: Sequence[str]) -> list[str]:
+def _columns_beside(row: Row, names: Names) -> list[str]:
     """Return the filled columns that are neither a side of a pair nor a rating of it."""
-    known = {*fields, "probability", *PAIR_SCORES}
+    known = {names.of(field, row) for field in ("chosen", "rejected", *PAIR_RATINGS)}
     return [name for name, value in row.items() if name not in known and value is not None]
 
 
@@ -324,16 +333,17 @@ def _ranks(row: Row, names: Names, given: list[Any]) -> tuple[list[float], bool]
     for ranks that are no order, and for scores that do not cover every answer."""
     count = len(given)
     ranks, field = names.value("ranks", row), names.of("ranks", row)
-    if ranks is None and all(_number(each, _RANK_KEYS) is not None for each in given):
-        ranks, field = [_number(each, _RANK_KEYS) for each in given], "rank"
+    rank_keys, score_keys = names.published("rank"), names.published("score")
+    if ranks is None and all(_number(each, rank_keys) is not None for each in given):
+        ranks, field = [_number(each, rank_keys) for each in given], rank_keys[0]
     if ranks is not None:
         if not _are_numbers(ranks) or sorted(ranks) != list(range(1, count + 1)):
             problem = f"{field} must hold each of 1 to {count} once, and {field} is {ranks}"
             raise RowError(problem, "InvalidLabel")
         return [float(rank) for rank in ranks], False
     scores = names.value("scores", row)
-    if scores is None and any(_number(each, _SCORE_KEYS) is not None for each in given):
-        scores = [_number(each, _SCORE_KEYS) for each in given]
+    if scores is None and any(_number(each, score_keys) is not None for each in given):
+        scores = [_number(each, score_keys) for each in given]
     if scores is None:
         return [float(index) for index in range(count)], False
     if not _are_numbers(scores) or len(scores) != count:
@@ -365,9 +375,9 @@ def is_number(value: Any) -> TypeGuard[float]:
     return is_given and abs(value) <= _MAX_NUMBER
 
 
-def _probability(given: Any) -> float:
+def _probability(given: Any, field: str) -> float:
     if not is_number(given) or not 0.5 <= given <= 1:
-        raise RowError(f"probability must be from 0.5 to 1, and it is {given!r}", "InvalidLabel")
+        raise RowError(f"{field} must be from 0.5 to 1, and it is {given!r}", "InvalidLabel")
     return float(given)
 
 
@@ -390,8 +400,8 @@ def prompt(
 
     `turns_first`: a list of turns goes before a field `prompt`, whose text is then no dialogue.
     """
-    asked = row.get("input")
-    if isinstance(asked, dict) and "messages" in asked:  # OpenAI's preferences
+    asked = names.value("input", row)
+    if isinstance(asked, dict) and names.of("messages", asked) in asked:  # OpenAI's preferences
         found, used = prompt(asked, names, turns_first=True)
         return found, used or _tools(row, names)
     if turns_first:
@@ -461,14 +471,14 @@ def _tools(row: Row, names: Names) -> tuple[Mapping[str, Any], ...]:
     return tools(names.value("tools", row), names.of("tools", row))
 
 
-def _instances(row: Row, completion: str) -> Sequence[Row]:
-    instances = row.get("instances")
-    if completion in row or instances is None:
+def _instances(row: Row, names: Names) -> Sequence[Row]:
+    instances, field = names.value("instances", row), names.of("instances", row)
+    if names.of("completion", row) in row or instances is None:
         return [row]
     if not isinstance(instances, list) or not all(isinstance(i, dict) for i in instances):
-        raise RowError("instances must be a list of {input, output}")
+        raise RowError(f"{field} must be a list of {{input, output}}")
     if not instances:
-        raise RowError("instances is empty")
+        raise RowError(f"{field} is empty")
     return instances
 
 

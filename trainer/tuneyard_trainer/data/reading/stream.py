@@ -124,7 +124,7 @@ class RowReader:
     def note_unread(self, row: Row, counts: RowCounts) -> None:
         """Note the columns of a row that nothing reads."""
         if not isinstance(row.value, BrokenRow):
-            counts.unread.note(row.value, self._columns)
+            counts.unread.note(row.value, self._columns, self._names.keys)
 
     @cached_property
     def layout(self) -> Layout:

@@ -2,28 +2,81 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from tuneyard_trainer.data.reading.example import Message, RowError
 from tuneyard_trainer.data.reading.rows import BrokenRow, Row
 from tuneyard_trainer.data.reading.turns import TurnKeys, turn
 
+if TYPE_CHECKING:
+    from tuneyard_trainer.data.reading.readers import Names
+
 _KEYS = TurnKeys("role", "text")
 MAX_DEPTH = 200
 """The most messages of one conversation. Real ones have less than 20."""
 Node = Mapping[str, Any]
+COLUMNS: Mapping[str, Sequence[str]] = {
+    "id": ("message_id",),
+    "parent": ("parent_id",),
+    "role": ("role",),
+    "text": ("text",),
+    "rank": ("rank",),
+    "replies": ("replies",),
+    "deleted": ("deleted",),
+    "reviewed": ("review_result",),
+    "prompt": ("prompt",),
+}
+"""The columns of a message. `prompt` holds the first message of a tree."""
+
+
+class _Published(dict[str, Any]):
+    """A message under the published names, in the place of one under the manifest's."""
+
+
+def published(row: Node, names: Names) -> Node:
+    """Return a message, with its replies, under the published names."""
+    given = {names.of(field, row): COLUMNS[field][0] for field in COLUMNS if names.maps(field)}
+    if not given or isinstance(row, _Published):
+        return row
+    hidden = set(given.values()) - given.keys()  # another column has the name of a field
+    top = _Published()
+    waiting = [(row, top)]
+    while waiting:
+        message, renamed = waiting.pop()
+        for column, value in message.items():
+            name = given.get(column, column)
+            if column in hidden:
+                continue
+            parts = value if name == "replies" and isinstance(value, list) else [value]
+            if name in ("replies", "prompt"):
+                copies = [_Published() if isinstance(part, Mapping) else part for part in parts]
+                pairs = zip(parts, copies, strict=True)
+                waiting += [pair for pair in pairs if isinstance(pair[1], _Published)]
+                value = copies if parts is value else copies[0]
+            renamed[name] = value
+    return top
 
 
 def is_tree(row: Node) -> bool:
-    """Return whether the row is a whole tree."""
+    """Return whether the row is a whole tree, under the published names."""
     root = row.get("prompt", row)
     return isinstance(root, Mapping) and isinstance(root.get("replies"), list) and "text" in root
 
 
 def is_flat_message(row: Node) -> bool:
-    """Return whether the row is one message of a tree."""
+    """Return whether the row is one message of a tree, under the published names."""
     return {"message_id", "parent_id", "role", "text"} <= row.keys() and "replies" not in row
+
+
+def by_published_names(rows: Iterable[Row], names: Names) -> Iterator[Row]:
+    """Yield trees and messages under the published names, and other rows unchanged."""
+    for row in rows:
+        if not isinstance(row.value, BrokenRow):
+            message = published(row.value, names)
+            if isinstance(message, _Published) and (is_tree(message) or is_flat_message(message)):
+                row = Row(row.number, message, row.file)
+        yield row
 
 
 def link_messages(rows: Iterable[Row]) -> Iterator[Row]:
@@ -47,7 +100,7 @@ def link_messages(rows: Iterable[Row]) -> Iterator[Row]:
         if key in nodes:
             yield _broken(row, f"message_id {key} appears twice")
             continue
-        rows_by_key[key], nodes[key] = row, {**row.value, "replies": []}
+        rows_by_key[key], nodes[key] = row, _Published({**row.value, "replies": []})
     for node in nodes.values():
         if node["parent_id"] not in (None, "") and str(node["parent_id"]) in nodes:
             nodes[str(node["parent_id"])]["replies"].append(node)

@@ -41,6 +41,19 @@ class TurnKeys:
 
 
 PUBLISHED = TurnKeys()
+TURN_KEYS = frozenset(
+    {
+        *("role", "from", "content", "value", *_REASONING, "weight", *_TRAINED, "train_detail"),
+        *("tool_calls", "function_call", "name", "tool_call_id"),
+    }
+)
+"""The published keys of a turn that are read."""
+
+
+def is_turn(given: Mapping[str, Any], keys: TurnKeys) -> bool:
+    """Return whether an object has the role of a turn."""
+    role = given.get(keys.of(given)[0])
+    return isinstance(role, str) and role.lower() in ROLES
 
 
 def conversation(
