@@ -36,6 +36,11 @@ def parse(row: Mapping[str, Any], *, needs_target: bool) -> Asked:
     return Asked(Prompt(turns, "", row, tools), targets)
 
 
+def asked(item: Asked) -> str:
+    """Return the text that an item asks."""
+    return item.prompt.question
+
+
 def _targets(given: Any, column: str) -> tuple[str, ...]:
     values = given if isinstance(given, list) else [given]
     if not values:

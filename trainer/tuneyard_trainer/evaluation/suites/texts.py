@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tuneyard.api.stage_settings import SuiteSettings
-from tuneyard_trainer.evaluation.suites import choices, refusals
+from tuneyard_trainer.evaluation.suites import answers, choices, refusals
 from tuneyard_trainer.evaluation.suites.rows import read_items
 
 KINDS: dict[str, tuple[Callable[..., Any], Callable[[Any], str], str]] = {
     "choices": (choices.parse, choices.asked, choices.EXPECTED),
+    "answers": (partial(answers.parse, needs_target=False), answers.asked, answers.EXPECTED),
     "refusals": (refusals.parse, refusals.asked, refusals.EXPECTED),
 }
 """Of each kind with a file: what makes a row an item, the item's text, and the columns."""
