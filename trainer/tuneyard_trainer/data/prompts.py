@@ -184,15 +184,16 @@ def _turns(
     """Return the row's turns up to the last one of the user, and its tools. Raises RowError."""
     if isinstance(row.value, BrokenRow):
         raise RowError(row.value.reason, row.value.fault)
-    return prompt_turns(row.value, names)
+    return prompt_turns(row.value, names, reasoning=reasoning)
 
 
 def prompt_turns(
-    value: Mapping[str, Any], names: Names | None = None
+    value: Mapping[str, Any], names: Names | None = None, *, reasoning: bool = True
 ) -> tuple[tuple[Message, ...], tuple[Mapping[str, Any], ...]]:
     """Return the turns of a row's columns up to the last one of the user, and its tools.
 
-    `names`: the columns. None: those of the published layouts. Raises RowError.
+    `names`: the columns. None: those of the published layouts. `reasoning`: whether that of
+    earlier answers is kept. Raises RowError.
     """
     found, tools = _row_turns(value, names or Names(layouts.PROMPTS, FieldMap()))
     while found and found[-1].role != "user":

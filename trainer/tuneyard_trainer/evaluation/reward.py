@@ -58,6 +58,10 @@ class RewardOfCompletions:
             return own
         return Found.merged([own, _with_length(tuned_N, answered.lengths_N)])
 
+    def _scores(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> NDArray[np.float64]:
+        pairs = zip(prompts, texts, strict=True)
+        return scores(self.shared, self.reward, [Attempt(prompt, text) for prompt, text in pairs])
+
 
 def _with_length(rewards_N: NDArray[np.float64], lengths_N: NDArray[np.float64]) -> Found:
     """Return the correlation of reward and length; nothing if one of them is constant."""
@@ -67,10 +71,6 @@ def _with_length(rewards_N: NDArray[np.float64], lengths_N: NDArray[np.float64])
     name, interval = "rewardLengthCorrelation", correlation_interval(found, len(rewards_N))
     evidence = {name: Estimate(interval, len(rewards_N))} if interval else {}
     return Found({name: found}, estimates=evidence)
-
-    def _scores(self, prompts: Sequence[Prompt], texts: Sequence[str]) -> NDArray[np.float64]:
-        pairs = zip(prompts, texts, strict=True)
-        return scores(self.shared, self.reward, [Attempt(prompt, text) for prompt, text in pairs])
 
 
 @dataclass(frozen=True)
