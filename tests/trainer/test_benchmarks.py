@@ -109,8 +109,8 @@ def test_the_preferences_are_the_shortest_dialogues_of_one_question(tmp_path: Pa
     path = tmp_path / "rows.jsonl.gz"
     path.write_bytes(gzip.compress("".join(json.dumps(each) + "\n" for each in rows).encode()))
     found = shortest_dialogues(path, 2)
-    assert [each["prompt"][-1]["content"] for each in found] == ["why?", "When?"]
-    assert found[1]["chosen"] == "It is today, I think."
+    assert [each["prompt"][-1]["content"] for each in found] == ["When?", "why?"]
+    assert found[0]["chosen"] == "It is today, I think."
 
 
 def test_as_many_questions_are_taken_of_each_set(tmp_path: Path) -> None:

@@ -32,6 +32,9 @@ METADATA_FIELDS = (
     *("ownerReferences", "finalizers", "managedFields", "selfLink"),
 )
 """The fields of Kubernetes' ObjectMeta; Tuneyard reads some of them and ignores the others."""
+COLUMN_EDGES = 3
+"""The most edges between an unknown field and a column's name in `fields` that may be meant: those
+from `spec.data`."""
 
 
 def read(text: str, source: str | None = None) -> list[Job]:
@@ -233,8 +236,16 @@ def _unknown_field(path: Path, model: type[BaseModel]) -> _Problem:
 
 
 def _elsewhere(name: str, parent: Path, model: type[BaseModel]) -> list[Path]:
-    """Return the fields of the spec with this or a similar name that are nearest in the tree."""
-    paths = [path for path in all_paths(model) if path[0] == "spec"]
+    """Return the fields of the spec with this or a similar name that are nearest in the tree.
+
+    Names of columns, which are words such as `rank`, count within their data set only.
+    """
+    paths = [
+        path
+        for path in all_paths(model)
+        if path[0] == "spec"
+        and (path[-2:-1] != ("fields",) or _distance(parent, path) <= COLUMN_EDGES)
+    ]
     meant = closest(name, [str(path[-1]) for path in paths], cutoff=0.8)
     found = [path for path in paths if meant is not None and same_word(str(path[-1]), meant)]
     nearest = min((_distance(parent, path) for path in found), default=0)

@@ -533,6 +533,14 @@ def test_preferences_hold_calls_of_tools() -> None:
     assert found.examples[0].tools == TOOLS
 
 
+def test_a_completion_of_several_turns_is_named_as_such() -> None:
+    """It was said to begin with another prompt."""
+    steps = [turn("assistant", "Wait."), turn("tool", "3"), turn("assistant", "3")]
+    row = {"prompt": "1 + 2?", "chosen": steps, "rejected": [turn("assistant", "4")]}
+    with pytest.raises(RowError, match="chosen has 3 turns after the prompt"):
+        preferences(row)
+
+
 def test_answers_may_differ_in_their_reasoning_alone() -> None:
     """They were refused as the same completion."""
     answers = [[turn("assistant", "4", reasoning_content=why)] for why in ("2 + 2", "2 x 3")]

@@ -286,6 +286,22 @@ def test_the_prompt_and_both_answers_of_a_preference_are_searched(
     assert "ada.lovelace" not in out
 
 
+def test_statistics_of_preferences_are_also_shown_for_each_file_of_several(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "sets"
+    folder.mkdir()
+    for name, better, worse in (("a.jsonl", "Yes, it does.", "No."), ("b.jsonl", "Yes.", "No, no")):
+        rows = [{"prompt": f"{n}?", "chosen": better, "rejected": worse} for n in range(3)]
+        write(folder / name, rows)
+    code, out = run(capsys, "stats", str(folder))
+    assert code == 0
+    assert "\nThe longer one wins: 50% of 6\n" in out
+    assert "\na.jsonl: The longer one wins: 100% of 3\n" in out
+    assert "\nb.jsonl: The longer one wins: 0% of 3\n" in out
+    assert "a.jsonl: " not in run(capsys, "stats", str(folder / "a.jsonl"))[1]
+
+
 def test_a_broken_first_row_does_not_hide_that_the_others_are_preferences(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

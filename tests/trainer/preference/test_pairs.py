@@ -469,6 +469,31 @@ def test_an_input_beside_an_instruction_is_read(tmp_path: Path, tiny_model_dir: 
     assert outcome.details["unreadColumns"] == {"spec.preferences.data[0]": []}
 
 
+def test_each_data_set_has_its_own_statistics(tmp_path: Path, tiny_model_dir: Path) -> None:
+    """One figure for all would hide that one source prefers length and another contradicts it."""
+    longer = [pair | {"chosen": f"{pair['chosen']} And more."} for pair in PAIRS]
+    scored = [pair | {"score_chosen": 7, "score_rejected": 4} for pair in PAIRS[:3]]
+    again = [PAIRS[0] | {"chosen": PAIRS[0]["rejected"], "rejected": PAIRS[0]["chosen"]}]
+    inputs: dict[str, Path] = {"model": tiny_model_dir}
+    sources: dict[str, Any] = {}
+    for index, rows in enumerate((longer, [*scored, *again, again[0]])):
+        name = f"preferences.{index}"
+        inputs[name] = tmp_path / f"{index}.jsonl"
+        inputs[name].write_text("".join(json.dumps(row) + "\n" for row in rows))
+        uri, path = f"file://{index}.jsonl", f"spec.preferences.data[{index}].uri"
+        sources[name] = SourceInput(uri=uri, path=path)
+    settings = PairsSettings(**(SETTINGS | {"preferences": SETTINGS["preferences"] * 2}))
+    stage = PlannedStage(name="pairs", settings=settings, inputs=sources, fingerprint="sha256:0")
+    worker = Worker(0, 1, torch.device("cpu"))
+    found = pairs.run(StageContext(stage, inputs, tmp_path, worker)).details["statistics"]
+    first, second = (found[f"spec.preferences.data[{index}]"] for index in (0, 1))
+    assert first["longerWins"] == 1.0
+    assert first.keys().isdisjoint({"agreement", "margins"})
+    assert second["agreement"] == pytest.approx(1 / 3)
+    assert second["repeated"] == 1
+    assert second["margins"] == [3.0, 3.0, 3.0]
+
+
 # ---- feedback logs ----------------------------------------------------------------------------
 
 

@@ -278,8 +278,10 @@ def row_statistics(file: Path, layout: DataFormat, fields: FieldMap) -> list[tup
 def _preference_statistics(
     file: Path, layout: DataFormat, fields: FieldMap
 ) -> list[tuple[str, str]]:
-    """Return labels and values of rated completions. Lengths are in words."""
+    """Return labels and values of rated completions: of all, and of each file of several. Lengths
+    are in words."""
     statistics, faults, number = PreferenceStatistics(), Counter[str](), 0
+    by_file: dict[str, PreferenceStatistics] = {}
     for row in layouts.joined(read_data(file), layout, fields):
         number += 1
         try:
@@ -289,12 +291,25 @@ def _preference_statistics(
             continue
         for preference in found:
             lengths = [len(words(completion.text)) for completion in preference.completions]
-            statistics.add(preference, lengths)
+            for each in (statistics, by_file.setdefault(row.file, PreferenceStatistics())):
+                each.add(preference, lengths)
+    parts = by_file.items() if len(by_file) > 1 else ()
     return [
         ("Rows", f"{number:,}"),
         ("Invalid rows", _by_reason(faults)),
-        *statistic_lines(statistics.details(), "words"),
-        *[("Note", note) for note in statistics.notes()],
+        *_statistics(statistics),
+        *[
+            (f"{name}: {label}", value)
+            for name, part in parts
+            for label, value in _statistics(part)
+        ],
+    ]
+
+
+def _statistics(found: PreferenceStatistics) -> list[tuple[str, str]]:
+    return [
+        *statistic_lines(found.details(), "words"),
+        *[("Note", note) for note in found.notes()],
     ]
 
 
@@ -318,8 +333,7 @@ def _log_statistics(log: FeedbackLog) -> list[tuple[str, str]]:
             f"{log.conversations:,} conversations for sft, {log.pairs:,} pairs, and "
             f"{log.labels_shown}",
         ),
-        *(statistic_lines(shown.details(), "words") if shown.preferences else []),
-        *[("Note", note) for note in shown.notes()],
+        *(_statistics(shown) if shown.preferences else []),
     ]
 
 

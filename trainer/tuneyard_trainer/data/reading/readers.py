@@ -274,6 +274,11 @@ def answer(
     asked = tuple(rest)
     if not before and not asked:
         raise RowError(f"neither {field} nor the row holds a prompt", "UnknownShape")
+    if before and asked and asked[0].role == "assistant":
+        raise RowError(
+            f"{field} has {len(found)} turns after the prompt, and a completion is one turn of the "
+            "assistant: put the turns that both sides share into the prompt",
+        )
     if before and asked and asked not in (before, _without_system(before)):
         raise RowError(f"{field} begins with another prompt", "DifferingPrompts")
     return before or asked, _filled(last, field)
