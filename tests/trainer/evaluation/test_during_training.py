@@ -90,7 +90,7 @@ def train(
     folder.mkdir(exist_ok=True)
     fixed = {"max_steps": 6, "epochs": None, "evaluation_steps": 2, "learning_rate": 1e-2}
     stage = with_rows(train_stage(**(fixed | settings)))
-    context = StageContext(stage, inputs, folder, worker or Worker(0, 1, CPU), measured)
+    context = StageContext(stage, inputs, folder, worker or Worker(0, 1, CPU), suites_of=measured)
     return ENGINES[engine].run(context)
 
 
@@ -263,7 +263,9 @@ def test_preferences_are_trained_on_beside_suites(tmp_path: Path, inputs: dict[s
     (tmp_path / "dpo").mkdir()
     given = {**inputs, "data": tmp_path / "pairs"}
     stage = with_rows(planned(settings))
-    outcome = dpo.run(StageContext(stage, given, tmp_path / "dpo", Worker(0, 1, CPU), suites_of))
+    outcome = dpo.run(
+        StageContext(stage, given, tmp_path / "dpo", Worker(0, 1, CPU), suites_of=suites_of)
+    )
     found = evaluations(tmp_path / "dpo")[1:]
     best = max(found, key=lambda line: line["words/probability"])
     assert outcome.details["bestStep"] == best["step"]

@@ -366,7 +366,9 @@ class PlanRunner:
         with _named_errors(stage, workdir):
             inputs = self.stage_inputs.inputs(stage)
         worker = self._worker(stage, digests)
-        context = StageContext(stage, inputs, workdir, worker, digests, _suites_of)
+        context = StageContext(
+            stage, inputs, workdir, worker, digests=digests, suites_of=_suites_of
+        )
         if self.results is not None and is_reusable(stage):
             return self._reuse_or_run(self.results, context, digests, started)
         outcome = self._outcome(context)
