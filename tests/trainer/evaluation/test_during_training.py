@@ -255,13 +255,13 @@ def test_the_base_of_a_new_adapter_is_the_model_without_it(
 
 
 def test_preferences_are_trained_on_beside_suites(tmp_path: Path, inputs: dict[str, Path]) -> None:
-    write_pairs(tmp_path / "pairs", inputs["model"], separable(16))
+    data = write_pairs(tmp_path, inputs["model"], separable(16))
     training = loop_settings(suites=SUITES[:1], best_by="words/probability", evaluation_steps=1)
     settings = DpoSettings(
         adapter=None, loss="sigmoid", beta=0.1, label_smoothing=0, training=training
     )
     (tmp_path / "dpo").mkdir()
-    given = {**inputs, "data": tmp_path / "pairs"}
+    given = {**inputs, "data": data}
     stage = with_rows(planned(settings))
     outcome = dpo.run(
         StageContext(stage, given, tmp_path / "dpo", Worker(0, 1, CPU), suites_of=suites_of)
