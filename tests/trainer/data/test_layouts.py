@@ -757,6 +757,21 @@ def test_each_field_belongs_to_a_layout(field: str) -> None:
     assert any(field in layout.fields for layout in layouts.LAYOUTS)
 
 
+def test_a_field_whose_column_no_row_has_is_named(tmp_path: Path) -> None:
+    rows = [
+        {"ask": "q", "reply": "a", "tools": None},
+        {"ask": "q", "reply": "b", "rules": "Be brief."},
+    ]
+    fields = {"prompt": "ask", "completion": "reply", "system": "rules", "tools": "functoins"}
+    found = stream(tmp_path, *rows, fields=fields)
+    assert len(list(found)) == 2
+    assert found.summary.absent == ("fields.tools: functoins",)
+    turns = [{"who": "user", "content": "q"}, {"who": "assistant", "content": "a"}]
+    inner = stream(tmp_path, {"messages": turns}, fields={"role": "who"})
+    list(inner)
+    assert inner.summary.absent == (), "keys of turns are found in the turns"
+
+
 def test_keys_of_turns_that_nothing_reads_are_named(tmp_path: Path) -> None:
     asked = turn("user", "q", lang="en", note=None)
     found = stream(tmp_path, {"messages": [asked, turn("assistant", "a", weight=1, score=3)]})

@@ -146,6 +146,12 @@ def test_columns_that_nothing_reads_are_named_once_and_recorded(job: Job) -> Non
     assert "note" not in named
 
 
+def test_a_field_whose_column_no_row_has_is_reported(job: Job) -> None:
+    job.train(chats(5), train=[DATASET.model_copy(update={"fields": FieldMap(system="rules")})])
+    messages = [str(report.get("message")) for report in job.reports]
+    assert "spec.data.train.0: no row has the columns of fields.system: rules" in messages
+
+
 def test_rows_whose_columns_are_all_read_have_no_such_note(job: Job) -> None:
     outcome = job.train(chats(5))
     assert outcome.details["datasets"][0]["unreadColumns"] == []

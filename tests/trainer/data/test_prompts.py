@@ -103,6 +103,16 @@ def test_an_input_that_cannot_follow_its_prompt_is_refused(
         (["user", "system", "user"], "turn 2 is by system and follows user; expected assistant"),
     ],
 )
+def test_a_prompt_with_roles_out_of_order_is_refused_by_its_row(
+    tmp_path: Path, roles: list[str], problem: str
+) -> None:
+    turns = [{"role": role, "content": "Which lamp?"} for role in roles]
+    with pytest.raises(StageError) as caught:
+        read(tmp_path / "p.jsonl", {"messages": TURNS}, {"messages": turns})
+    assert caught.value.reason == "InvalidData"
+    assert f"p.jsonl row 2: {problem}" in caught.value.message
+
+
 def test_the_reasoning_of_earlier_turns_is_kept_or_dropped_as_the_job_says(tmp_path: Path) -> None:
     turns = [
         {"role": "user", "content": "Which port?"},
@@ -115,16 +125,6 @@ def test_the_reasoning_of_earlier_turns_is_kept_or_dropped_as_the_job_says(tmp_p
     settings = PromptSettings(format="auto", fields=FieldMap(), limit=None, reasoning="drop")
     (dropped,) = read_prompts(path, settings, CHAT, name="prompts")
     assert dropped.messages[1] == {"role": "assistant", "content": "Left."}
-
-
-def test_a_prompt_with_roles_out_of_order_is_refused_by_its_row(
-    tmp_path: Path, roles: list[str], problem: str
-) -> None:
-    turns = [{"role": role, "content": "Which lamp?"} for role in roles]
-    with pytest.raises(StageError) as caught:
-        read(tmp_path / "p.jsonl", {"messages": TURNS}, {"messages": turns})
-    assert caught.value.reason == "InvalidData"
-    assert f"p.jsonl row 2: {problem}" in caught.value.message
 
 
 def test_a_prompt_may_end_with_answers_and_hold_the_turn_of_a_tool(tmp_path: Path) -> None:

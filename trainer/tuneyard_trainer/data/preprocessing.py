@@ -23,7 +23,7 @@ from tuneyard_trainer.data.originals import Originals
 from tuneyard_trainer.data.parallel import Pool
 from tuneyard_trainer.data.prepared import GENERAL, GUARD, SPLITS
 from tuneyard_trainer.data.reading.stream import FAULTS_SHOWN, Examples, Summary, examples
-from tuneyard_trainer.data.reading.unread import unread_message
+from tuneyard_trainer.data.reading.unread import absent_message, unread_message
 from tuneyard_trainer.data.splits import SplitWriter
 from tuneyard_trainer.data.tally import Tally
 from tuneyard_trainer.worker import Interrupted, Worker
@@ -154,7 +154,7 @@ class Preprocessor:
             self.worker.report(step=self._num_rows, message=f"reading {tally.name}")
         stream.finish()
         self._settle(stream.summary, tally)
-        self._name_unread(tally)
+        self._name_unread(tally, stream.summary.absent)
         self._name_left_out(tally, left_out)
         if stream.summary.filtered and tally.format == "feedback":
             count = stream.summary.filtered
@@ -197,8 +197,11 @@ class Preprocessor:
             tally.faults["InvalidData"] = [str(fault) for fault in summary.faults]
         tally.unread = summary.unread
 
-    def _name_unread(self, tally: Tally) -> None:
-        """Report the columns that nothing reads."""
+    def _name_unread(self, tally: Tally, absent: Sequence[str]) -> None:
+        """Report the columns that nothing reads, and the fields whose columns are `absent`."""
+        if absent:
+            message = absent_message(tally.name, absent)
+            self.worker.report(step=self._num_rows, message=message)
         if not tally.unread:
             return
         message = unread_message(tally.name, tally.unread)

@@ -20,7 +20,7 @@ from tuneyard_trainer.evaluation.part import Found, Loaded
 from tuneyard_trainer.judging.judges import turn
 from tuneyard_trainer.preference.dataset import Comparisons, Preferences
 from tuneyard_trainer.preference.metrics import pair_metrics, pairs_of, unpaired_metrics
-from tuneyard_trainer.reinforcement.rewards import Attempt
+from tuneyard_trainer.reinforcement.rewards import WrittenAttempt
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class HeldOutPreferences:
     comparisons: Comparisons
     labeled: bool
     """Whether they are single completions labeled good or bad."""
-    groups: tuple[tuple[Attempt, ...], ...]
+    groups: tuple[tuple[WrittenAttempt, ...], ...]
     """The completions of each preference with its prompt, in the order of `comparisons`."""
 
     @classmethod
@@ -47,7 +47,7 @@ class HeldOutPreferences:
         return [group[0].prompt for group in self.groups]
 
     @property
-    def attempts(self) -> list[Attempt]:
+    def attempts(self) -> list[WrittenAttempt]:
         """The completions, in the order of the rows."""
         return [attempt for group in self.groups for attempt in group]
 
@@ -92,7 +92,7 @@ class ImplicitRewards:
         return Found(metrics, items=items)
 
 
-def _groups(folder: Path, chat: ChatSettings) -> Iterator[tuple[Attempt, ...]]:
+def _groups(folder: Path, chat: ChatSettings) -> Iterator[tuple[WrittenAttempt, ...]]:
     """Yield the preferences of `validation.jsonl`. A line has `turns` if a text is not all of an
     answer: if one of them has reasoning or calls."""
     with (folder / "validation.jsonl").open(encoding="utf-8") as lines:
@@ -106,4 +106,4 @@ def _groups(folder: Path, chat: ChatSettings) -> Iterator[tuple[Attempt, ...]]:
             answers = row["answers"]
             written = row.get("turns") or [turn("assistant", answer) for answer in answers]
             pairs = zip(answers, written, strict=True)
-            yield tuple(Attempt(prompt, answer, completion) for answer, completion in pairs)
+            yield tuple(WrittenAttempt(prompt, answer, completion) for answer, completion in pairs)

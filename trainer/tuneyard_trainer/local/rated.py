@@ -73,4 +73,4 @@ class RatedRows:
             value, layout = recognized(row, self._fields, self._layout)
             self._names[layout.name] = None
             columns = columns_read(value, layout, self._fields)
-            self._unread.note(value, columns, layout.names(self._fields).keys)
+            self._unread.note(value, columns, layout.names(self._fields))

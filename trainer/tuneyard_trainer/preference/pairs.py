@@ -35,7 +35,7 @@ from tuneyard_trainer.data.reading.conversations import template_turns, turn_tex
 from tuneyard_trainer.data.reading.example import RowError
 from tuneyard_trainer.data.reading.rows import Row, read_data
 from tuneyard_trainer.data.reading.stream import FAULTS_SHOWN
-from tuneyard_trainer.data.reading.unread import Unread, unread_message
+from tuneyard_trainer.data.reading.unread import Unread, absent_message, unread_message
 from tuneyard_trainer.data.splits import held_out
 from tuneyard_trainer.models import base
 from tuneyard_trainer.models.files import sequence_limit
@@ -199,13 +199,16 @@ class _Reader:
             with suppress(RowError):  # reported where the row is parsed
                 value, layout = recognized(row, dataset.fields, dataset.format)
                 columns = columns_read(value, layout, dataset.fields)
-                self.unread[-1].note(value, columns, layout.names(dataset.fields).keys)
+                self.unread[-1].note(value, columns, layout.names(dataset.fields))
             yield row
 
     def _name_unread(self) -> None:
         """Report the columns that nothing reads of the data set that was read. A feedback stage's
         own columns are not reported."""
-        ledger, columns = self.ledgers[-1], self.unread[-1].names
+        ledger, columns, absent = self.ledgers[-1], self.unread[-1].names, self.unread[-1].absent
+        if absent:
+            message = absent_message(ledger.name, absent)
+            self.context.worker.report(step=self.num_rows, message=message)
         if columns and isinstance(self.context.stage.inputs[ledger.role], SourceInput):
             message = unread_message(ledger.name, columns)
             self.context.worker.report(step=self.num_rows, message=message)

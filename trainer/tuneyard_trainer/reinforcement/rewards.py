@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, Self
 
 import jsonschema
 import referencing
@@ -39,9 +39,18 @@ class Attempt(NamedTuple):
     prompt: Prompt
     completion: str
     """As text, without the stop token."""
-    turn: Message | None = None
-    """The completion as a turn with its reasoning and calls, which the chat template renders as in
-    the rows that a reward model is trained on. None: a sampled completion, which is its text."""
+
+
+class WrittenAttempt(Attempt):
+    """A completion of a data set: a turn that may have reasoning and calls, which the chat template
+    renders as in the rows that a reward model is trained on. A sampled completion is its text."""
+
+    turn: Message
+
+    def __new__(cls, prompt: Prompt, completion: str, turn: Message) -> Self:
+        attempt = super().__new__(cls, prompt, completion)
+        attempt.turn = turn
+        return attempt
 
 
 class Reward(Protocol):
@@ -155,8 +164,8 @@ class ExactMatch:
     def __call__(self, attempts: Sequence[Attempt]) -> Tensor:
         return torch.tensor(
             [
-                float(_normalized(each.completion) in _accepted(each.prompt.row[self.field]))
-                for each in attempts
+                float(_normalized(completion) in _accepted(prompt.row[self.field]))
+                for prompt, completion in attempts
             ]
         )
 
@@ -338,7 +347,7 @@ def _chat_text(chat: ChatFormat, attempt: Attempt) -> str:
     """Return prompt and completion up to the stop token. Raises MisfitError if the chat template
     refuses them."""
     prompt = attempt.prompt
-    if attempt.turn is None:
+    if not isinstance(attempt, WrittenAttempt):
         return rendered(chat.tokenizer, prompt.messages) + attempt.completion + chat.stop
     turns = [*prompt.messages, attempt.turn]
     text, targets = chat.targets(turns, "last-assistant", tools=prompt.tools)

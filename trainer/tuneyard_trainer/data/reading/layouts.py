@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from pydantic.alias_generators import to_camel
+
 from tuneyard.api.sources import DataFormat, FieldMap
 from tuneyard.errors import StageError
 from tuneyard_trainer.data.reading import feedback, readers
@@ -341,11 +343,12 @@ def layout_of(chosen: DataFormat, purpose: Purpose, fields: FieldMap) -> Layout:
         )
     unused = sorted(given_fields(fields) - found.fields.keys())
     if unused:
+        name, column = to_camel(unused[0]), getattr(fields, unused[0])
         raise StageError(
             "UnknownFormat",
-            f"fields.{unused[0]} is {getattr(fields, unused[0])!r}, and format {chosen} has no "
-            f"such field. It has: {', '.join(found.fields) or 'none that can be renamed'}.",
-            advice=f"Remove fields.{unused[0]}, or set format.",
+            f"fields.{name} is {column!r}, and format {chosen} has no such field. It has: "
+            f"{', '.join(map(to_camel, found.fields))}.",
+            advice=f"Remove fields.{name}, or set format.",
         )
     return found
 
@@ -473,7 +476,7 @@ def _other_case(row: Mapping[str, Any], purpose: Purpose) -> tuple[Layout, dict[
     names = layout.names(FieldMap())
     found = {field: names.of(field, lowered) for field in layout.fields}
     named = {
-        field: _quoted(printable(columns[column], 60))
+        to_camel(field): _quoted(printable(columns[column], 60))
         for field, column in found.items()
         if column in columns and columns[column] != column
     }

@@ -84,7 +84,8 @@ class Names:
         given = {name: value for name, value in fields if value is not None}
         self._columns = {name: tuple(columns) for name, columns in published.items()}
         self._columns |= {name: (value,) for name, value in given.items()}
-        self._given = given.keys()
+        self.given: Mapping[str, str] = given
+        """The columns that the manifest names, by field."""
         self.keys = TurnKeys(fields.role or "", fields.content or "")
 
     def of(self, field: str, row: Row) -> str:
@@ -102,7 +103,7 @@ class Names:
 
     def maps(self, field: str) -> bool:
         """Return whether the manifest names the field's column."""
-        return field in self._given
+        return field in self.given
 
     def value(self, field: str, row: Row) -> Any:
         """Return the value of a field. None: the row has none."""

@@ -57,6 +57,8 @@ class Summary:
     """The first invalid rows, FAULTS_SHOWN at most."""
     unread: tuple[str, ...] = ()
     """The columns with a value in any row that nothing reads, sorted; MAX_UNREAD at most."""
+    absent: tuple[str, ...] = ()
+    """The fields whose columns the manifest names and no row has."""
 
 
 @dataclass
@@ -124,7 +126,7 @@ class RowReader:
     def note_unread(self, row: Row, counts: RowCounts) -> None:
         """Note the columns of a row that nothing reads."""
         if not isinstance(row.value, BrokenRow):
-            counts.unread.note(row.value, self._columns, self._names.keys)
+            counts.unread.note(row.value, self._columns, self._names)
 
     @cached_property
     def layout(self) -> Layout:
@@ -198,7 +200,9 @@ class Examples:
         """The counts so far. They are final when the iterator is exhausted."""
         counts = self.counts
         numbers = (self._rows, counts.examples, counts.skipped, counts.filtered)
-        return Summary(self.reader.format, *numbers, tuple(counts.faults), counts.unread.names)
+        unread = counts.unread
+        faults = tuple(counts.faults)
+        return Summary(self.reader.format, *numbers, faults, unread.names, unread.absent)
 
     @property
     def fails(self) -> bool:

@@ -6,19 +6,20 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from pydantic.alias_generators import to_camel
+
+from tuneyard.api.sources import FieldMap
 from tuneyard_trainer.data.reading.example import printable
-from tuneyard_trainer.data.reading.turns import (
-    PUBLISHED,
-    TURN_KEYS,
-    TurnKeys,
-    is_turn,
-    kind_of,
-)
+from tuneyard_trainer.data.reading.readers import Names
+from tuneyard_trainer.data.reading.turns import TURN_KEYS, TurnKeys, is_turn, kind_of
 
 MAX_UNREAD = 20
 """The most columns that are listed as unread: rows of free form may have any number."""
 MAX_NAME = 60
 """Characters of a column's name that are listed."""
+INNER_LEVELS = 4
+"""Levels of lists and objects in a row that a key is looked for: those of `input.messages[0]`."""
+_PUBLISHED = Names({}, FieldMap())
 
 
 @dataclass
@@ -27,23 +28,27 @@ class Unread:
 
     found: dict[str, None] = field(default_factory=dict)
     """In the order in which they were found."""
+    mapped: Mapping[str, str] = field(default_factory=dict)
+    """The columns that the manifest names, by field."""
+    seen: set[str] = field(default_factory=set)
+    """Those of them that any row has."""
 
     def note(
-        self,
-        row: Mapping[str, Any],
-        columns: Iterable[str] | None,
-        keys: TurnKeys = PUBLISHED,
+        self, row: Mapping[str, Any], columns: Iterable[str] | None, names: Names = _PUBLISHED
     ) -> None:
         """Note the columns of a row, and as `COLUMN[].KEY` the keys of its turns. `columns`: those
-        that are read. None: no row is noted. `keys`: the keys of a turn that the manifest names."""
+        that are read. None: no row is noted. `names`: those of the row's layout."""
         if columns is None:
             return
+        self.mapped = names.given
+        absent = [column for column in names.given.values() if column not in self.seen]
+        self.seen.update(column for column in absent if _holds(row, column, INNER_LEVELS))
         for name, value in row.items():
             if name not in columns:
                 self._note(name, value)
             elif isinstance(value, list):
                 for turn in value:
-                    self._note_turn(name, turn, keys)
+                    self._note_turn(name, turn, names.keys)
 
     def _note_turn(self, column: str, turn: Any, keys: TurnKeys) -> None:
         if not isinstance(turn, dict) or turn.keys() <= TURN_KEYS or not is_turn(turn, keys):
@@ -58,6 +63,8 @@ class Unread:
 
     def add(self, later: Unread) -> None:
         """Note the columns of rows that follow."""
+        self.mapped = self.mapped or later.mapped
+        self.seen |= later.seen
         for name in later.found:
             if len(self.found) == MAX_UNREAD:
                 return
@@ -68,8 +75,33 @@ class Unread:
         """The columns, sorted; MAX_UNREAD at most."""
         return tuple(sorted(self.found))
 
+    @property
+    def absent(self) -> tuple[str, ...]:
+        """The fields whose columns the manifest names and no row has, with these columns."""
+        return tuple(
+            f"fields.{to_camel(name)}: {printable(column, MAX_NAME)}"
+            for name, column in self.mapped.items()
+            if column not in self.seen
+        )
+
+
+def _holds(value: Any, name: str, levels: int) -> bool:
+    """Return whether an object, or one within it, has a key."""
+    if isinstance(value, Mapping):
+        if name in value:
+            return True
+        value = value.values()
+    elif not isinstance(value, list):
+        return False
+    return levels > 0 and any(_holds(part, name, levels - 1) for part in value)
+
 
 def unread_message(name: str, unread: Sequence[str]) -> str:
     """Return what to report of these columns. `name`: the data set's field in the manifest."""
     columns = "column" if len(unread) == 1 else "columns"
     return f"{name}: nothing reads the {columns} {', '.join(unread)}"
+
+
+def absent_message(name: str, absent: Sequence[str]) -> str:
+    """Return what to report of fields whose columns no row has. `name`: as in `unread_message`."""
+    return f"{name}: no row has the columns of {', '.join(absent)}"
