@@ -34,7 +34,8 @@ def require(stages: Iterable[PlannedStage]) -> None:
         for metric in getattr(stage.settings, "metrics", None) or ():
             require_metric(metric, "evaluate.metrics")
         for number, suite in enumerate(suites):
-            for metric in suite.answers.metrics if suite.answers else ():
+            answers = getattr(suite, "answers", None)  # suites during training have none
+            for metric in answers.metrics if answers else ():
                 require_metric(metric, f"evaluate.suites[{number}].answers.metrics")
         sampling = getattr(stage.settings, "sampling", None)
         if sampling and sampling.engine == "vllm":

@@ -32,8 +32,8 @@ def evaluate_stage(**changes: Any) -> PlannedStage:
     )
 
 
-def alignment_stage() -> PlannedStage:
-    settings = {
+def alignment_stage(**changes: Any) -> PlannedStage:
+    settings: dict[str, Any] = {
         "chat": {"system_prompt": None, "chat_template": None},
         "compare_with_base": True,
         "completions": {"prompts": None, "sampling": {"max_new_tokens": 8}},
@@ -46,7 +46,7 @@ def alignment_stage() -> PlannedStage:
         "gates": [],
         "seed": 2,
     }
-    return planned(EvaluateSettings.model_validate(settings))
+    return planned(EvaluateSettings.model_validate(settings | changes))
 
 
 def run(name: str, folder: Path, inputs: Mapping[str, Path], worker: Worker) -> None:

@@ -179,6 +179,7 @@ def test_one_stage_measures_held_out_rows_and_an_alignment_together(
     tmp_path: Path, inputs: dict[str, Path]
 ) -> None:
     given = {**inputs, "data": inputs["prepared"], "judge": inputs["model"]}
+    given["reward.independent"] = inputs["reward"]
     metrics = evaluate.run(StageContext(alignment_stage(), given, tmp_path, ALONE)).metrics
     alone = tmp_path / "alone"
     for name in ("held-out rows", "an alignment"):
@@ -206,6 +207,7 @@ def test_a_model_before_that_is_the_base_is_measured_without_loading_it_again(
     monkeypatch.setattr(policies, "load_base", noted)
     for number, start in enumerate((None, tmp_path / "lora")):
         given = {**inputs, "tuned": tmp_path / "lora", "judge": inputs["model"]}
+        given["reward.independent"] = inputs["reward"]
         given |= {"start": start} if start else {}
         folder = tmp_path / str(number)
         folder.mkdir()
@@ -220,7 +222,10 @@ def test_a_model_before_that_is_the_base_is_measured_without_loading_it_again(
 def test_the_evaluation_of_an_alignment_of_0_2_measures_what_it_measures_today(
     tmp_path: Path, inputs: dict[str, Path]
 ) -> None:
-    run("an alignment", tmp_path / "today", inputs, ALONE)
+    (tmp_path / "today").mkdir()
+    today = {"judge": inputs["model"], **inputs}
+    stage = alignment_stage(independent_reward=None)
+    evaluate.run(StageContext(stage, today, tmp_path / "today", ALONE))
     stage = planned(
         AssessSettings.model_validate(
             {

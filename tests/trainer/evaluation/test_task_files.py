@@ -252,7 +252,7 @@ ESCAPES = [
     "{% set _ = options.append('x') %}",
     "{{ (question | attr('__class__')).mro() }}",
     "{% include 'MARK' %}",
-    "{{ 9 ** 9 ** 9 ** 9 }}",
+    "{{ 9 ** (9 ** 9) }}",
     "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
     "{{ 'a' * 10 ** 12 }}",
     "{{ 'a' * 10 ** 6 }}",
