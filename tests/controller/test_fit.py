@@ -62,11 +62,13 @@ def test_a_job_that_fits_is_told_so_and_its_estimate_is_kept_for_the_status(
 ) -> None:
     async def act(running: Served) -> None:
         response = await answered(running, tmp_path, known(200))
-        assert response == PostResponse(stop=False, fit=FitAnswer())
         attempt = AttemptStatus(number=1, ray_job="job-1", started_at="")
         memory = running.reconciler.cache.job(KEY).observed_state(attempt).memory
         assert memory is not None
-        assert [stage.name for stage in memory.stages] == ["sft"]
+        (stage,) = memory.stages
+        assert stage.name == "sft"
+        planned = FitAnswer(planned_bytes={"sft": stage.total_bytes})
+        assert response == PostResponse(stop=False, fit=planned)
 
     play(PlayedCluster(), act)
 
@@ -159,7 +161,9 @@ def test_a_decision_holds_up_no_other_post_and_a_repeated_question_waits_for_it(
         assert response == PostResponse(stop=False, fit=None)
         assert not any(task.done() for task in asking)
         deciding.go_on.set()
-        assert {str((await task).fit) for task in asking} == {str(FitAnswer())}
+        answers = [(await task).fit for task in asking]
+        assert all(each is not None and not each.refusal and not each.settings for each in answers)
+        assert len({str(each) for each in answers}) == 1
 
     play(PlayedCluster(), act)
     assert len(deciding.asked) == 1
