@@ -225,6 +225,47 @@ def test_what_is_kept_of_a_task_is_read_as_it_was(tmp_path: Path) -> None:
     assert replace(found, items={}) == replace(result, items={})
 
 
+def test_the_answers_to_a_suite_are_kept(
+    tmp_path: Path, given: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"prompt": "Who reads?", "target": "the lamp"}, {"prompt": "Why?", "target": 7}]
+    asked: dict[str, Any] = {"name": "asked", "kind": "answers", "limit": None}
+    answers = {"metrics": ["exactMatch"], "answerSchema": None, "answerPattern": None}
+    asked |= {"answers": answers | {"maxNewTokens": 4}}
+    files = given | {"suite.0": lines(tmp_path / "asked.jsonl", rows)}
+    suites = [asked, SUITES[2]]
+    monkeypatch.setattr(harness, "run_task", Tasks())
+    evaluated(tmp_path / "whole", files, suites=suites)
+    monkeypatch.setattr(harness, "run_task", Tasks(None, OFFLINE))
+    with pytest.raises(StageError, match="asked of the tuned model, task of the tuned model"):
+        evaluated(tmp_path / "out", files, suites=suites)
+    tasks = Tasks()
+    tasks.calls = 1
+    monkeypatch.setattr(harness, "run_task", tasks)
+    monkeypatch.setattr(parts.AnswerSuite, "measure", None)
+    evaluated(tmp_path / "out", files, suites=suites)
+    found = [
+        json.loads((tmp_path / name / "evaluation.json").read_text()) for name in ("whole", "out")
+    ]
+    assert found[0] == found[1]
+    assert len(found[0]["suiteAnswers"]["asked"]["tuned"]) == 2
+
+
+@pytest.mark.parametrize("changed", ["suite.0", "task.0"])
+def test_a_task_of_a_changed_file_is_measured_anew(
+    tmp_path: Path, given: dict[str, Path], monkeypatch: pytest.MonkeyPatch, changed: str
+) -> None:
+    monkeypatch.setattr(parts, "local_task", lambda *_: None)
+    files = given | {"task.0": given["suite.0"]}
+    suites = [{"name": "mine", "kind": "task", "limit": None}]
+    digests = DIGESTS | {"task.0": "c"}
+    tasks = Tasks()
+    monkeypatch.setattr(harness, "run_task", tasks)
+    for own, calls in ((digests, 2), (digests, 2), (digests | {changed: "d"}, 4)):
+        evaluated(tmp_path / "out", files, own, suites=suites)
+        assert tasks.calls == calls
+
+
 def _worker(rank: int, notes: Notes, folder: Path, given: dict[str, Path]) -> None:
     worker = Worker(rank, 2, CPU)
     digests = DIGESTS if rank == 0 else {}

@@ -30,8 +30,9 @@ from tuneyard_trainer.storage.files import write_atomically
 from tuneyard_trainer.storage.records import REUSED_FOLDER
 from tuneyard_trainer.worker import StageContext
 
-Measured = Mapping[str, NDArray[np.float64]] | TaskResult
-"""The measurement of one model: the value of each item by metric, or a task's result."""
+Measured = Mapping[str, NDArray[np.float64]] | tuple[str, ...] | TaskResult
+"""The measurement of one model: the value of each item by metric, its answers, or a task's
+result."""
 MODELS = (("model", "start", "tuned"), ("model", "start"))
 """The inputs that decide the tuned model, and the model before."""
 VERSIONED = ("tuneyard", "torch", "transformers", "peft")
@@ -135,7 +136,7 @@ def _key(
     decides = {
         "model": {role: context.digests.get(role) for role in roles},
         "suite": suite.model_dump(mode="json", exclude={"name"}),
-        "items": context.digests.get(f"suite.{number}"),
+        "files": {name: context.digests.get(f"{name}.{number}") for name in ("suite", "task")},
         "chatTemplate": chat_template,
         "systemPrompt": chat.system_prompt if chat else None,
         "device": context.worker.device.type,  # which decides the type of the weights
@@ -175,6 +176,8 @@ def _write(context: StageContext, file: Path, measured: Measured) -> None:
             "higherIsBetter": measured.higher_is_better,
             "details": measured.details,
         }
+    elif isinstance(measured, tuple):
+        value = {"answers": list(measured)}
     else:
         value = {"items": _lists(measured)}
     with context.worker.owned():
@@ -192,6 +195,8 @@ def _read(file: Path) -> Measured | None:
     """Return a measurement. None: the file is damaged."""
     try:
         value = json.loads(file.read_text())
+        if "answers" in value:
+            return tuple(value["answers"])
         items = {name: np.array(each, dtype=np.float64) for name, each in value["items"].items()}
         if "metrics" not in value:
             return items
