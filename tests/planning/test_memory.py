@@ -224,6 +224,23 @@ def test_an_evaluation_of_suites_alone_has_a_moment_for_each_way_to_measure(
     assert evaluate.assumptions == ("items of suites are assumed to have up to 512 tokens",)
 
 
+def test_longer_answers_to_a_suite_need_a_larger_cache() -> None:
+    def cache(*lengths: int) -> float:
+        suites: list[dict[str, Any]] = [
+            {
+                "name": f"suite-{tokens}",
+                "answers": {"uri": "file://c.jsonl", "metrics": ["exactMatch"]}
+                | {"maxNewTokens": tokens},
+            }
+            for tokens in lengths
+        ]
+        evaluate = stages(planned("8B", "H100", evaluate__suites=suites))["evaluate"]
+        return parts(evaluate, "answers to suites")["key-value cache"]
+
+    token = (cache(612) - cache(512)) / 100
+    assert cache(512, 612) == cache(612) == pytest.approx((512 + 612) * token)
+
+
 def test_a_job_whose_suites_do_not_fit_does_not_fit() -> None:
     suites = [{"name": "one", **SUITES["choices"]}]
     job = planned("70B", "H100", adapter={"qlora": {}}, evaluate__suites=suites)

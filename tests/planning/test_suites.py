@@ -285,7 +285,7 @@ def test_every_field_of_a_suite_of_answers_changes_the_evaluation_alone() -> Non
 
 # ---- during training ----------------------------------------------------------------------------
 
-DURING = {"evaluate": {"suites": [SENSE, MANNERS, ARC]}, "data__validation": VALIDATION}
+DURING = {"evaluate": {"suites": [SENSE, MANNERS, ARC, CAPITALS]}, "data__validation": VALIDATION}
 REWARD = {"rule": {"jsonSchema": "{}"}}
 
 
@@ -353,6 +353,7 @@ def test_training_without_held_out_rows_is_stopped_and_judged_by_a_suite() -> No
         (["sence"], None, "suites[0].name", "did you mean sense?"),
         (["lamp"], None, "suites[0].name", "add it to spec.evaluate.suites"),
         (["arc"], None, "suites[0].name", "arc is a task of lm-evaluation-harness"),
+        (["capitals"], None, "suites[0].name", "which is done once training has ended"),
         (["sense", "sense"], None, "suites[1].name", "in the list twice"),
         (["sense"], "sense/acuracy", "bestBy", "did you mean sense/accuracy"),
         (["sense"], "sense/overRefusal", "bestBy", "'sense/overRefusal' is not measured"),

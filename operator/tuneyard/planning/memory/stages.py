@@ -509,7 +509,7 @@ class _Job:
             moments += found
             assumed += other
         if settings.suites:
-            found, other = self._suites(stage, settings.suites, settings.max_new_tokens)
+            found, other = self._suites(stage, settings.suites)
             moments += found
             assumed += other
         if judge := self._judge(stage):
@@ -563,10 +563,10 @@ class _Job:
         return [moment], self._assumed_shape(stage, shape)
 
     def _suites(
-        self, stage: PlannedStage, suites: list[SuiteSettings], new: int
+        self, stage: PlannedStage, suites: list[SuiteSettings]
     ) -> tuple[list[Moment], tuple[str, ...]]:
         """Return the moments of a model on suites, one for each way to measure, and what they
-        assume. `new`: most tokens of an answer."""
+        assume."""
         weights = self._weights(stage, "weights")
         length, gpu, how = self.lengths.prompts, self.machine.gpu, self._plainly
         tokens = default_tokens(self.facts, gpu=gpu)
@@ -583,8 +583,11 @@ class _Job:
         if "task" in kinds:
             found = measured_parts(self.facts, tasks, how)
             moments.append(Moment.of("tasks of suites", *weights, *found))
-        if answered := kinds - {"choices", "task"}:
-            most = REFUSAL_TOKENS if answered == {"refusals"} else max(REFUSAL_TOKENS, new)
+        new = [each.answers.max_new_tokens for each in suites if each.answers is not None]
+        if "refusals" in kinds:
+            new.append(REFUSAL_TOKENS)
+        if new:
+            most = max(new)
             found = generation_parts(self.facts, asked, 1 if self.least else most, how)
             moments.append(Moment.of("answers to suites", *weights, *found))
         return moments, (f"items of suites are assumed to have up to {length} tokens",)
