@@ -168,6 +168,7 @@ def _read_all(
 
 
 def _write(context: StageContext, file: Path, measured: Measured) -> None:
+    value: dict[str, Any]
     if isinstance(measured, TaskResult):
         value = {
             "metrics": measured.metrics,
