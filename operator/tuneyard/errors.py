@@ -59,6 +59,11 @@ class StageError(TuneyardError):
         self.reason, self.message, self.advice, self.retryable = reason, message, advice, retryable
         super().__init__(f"{message} {advice}".strip())
 
+    def with_message(self, message: str, *, advice: str | None = None) -> StageError:
+        """Return the same failure with another message. `advice`: None: the same."""
+        kept = self.advice if advice is None else advice
+        return StageError(self.reason, message, advice=kept, retryable=self.retryable)
+
     def __reduce__(self) -> tuple[object, ...]:  # Exceptions cross process boundaries under Ray.
         return (_stage_error, (self.reason, self.message, self.advice, self.retryable))
 

@@ -62,9 +62,7 @@ def _named() -> Iterator[None]:
     try:
         yield
     except StageError as error:
-        raise StageError(
-            error.reason,
+        raise error.with_message(
             f"independentReward: {error.message}",
             advice="Change independentReward, or remove it: it is measured only.",
-            retryable=error.retryable,
         ) from error

@@ -212,12 +212,7 @@ class PlanRunner:
         except StageError as error:
             if not self._has_earlier_result:
                 raise
-            raise StageError(
-                error.reason,
-                f"{error.message} {EARLIER_RESULT}",
-                advice=error.advice,
-                retryable=error.retryable,
-            ) from error
+            raise error.with_message(f"{error.message} {EARLIER_RESULT}") from error
 
     def _run(self) -> dict[str, StageRecord]:
         control = Control(self.worker.world_size)

@@ -67,12 +67,6 @@ def known_tasks() -> Any:
     return TaskManager()
 
 
-def _no_tasks() -> Any:
-    from lm_eval.tasks import TaskManager
-
-    return TaskManager(include_defaults=False)
-
-
 def run_task(
     task: Task, model: Any, tokenizer: Any, before_batch: Callable[[], None]
 ) -> TaskResult:
@@ -83,9 +77,12 @@ def run_task(
     """
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
 
-    known = _no_tasks() if task.make else known_tasks()
-    if task.make is None:
+    if task.make:
+        known = TaskManager(include_defaults=False)
+    else:
+        known = known_tasks()
         _require_known(task, known.all_tasks)
     on_gpu = model.device.type == "cuda"
     hook = model.register_forward_pre_hook(lambda *_: before_batch())

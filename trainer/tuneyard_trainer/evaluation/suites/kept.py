@@ -108,12 +108,7 @@ class KeptSuite:
         except StageError as error:
             if error.message.startswith(where):  # of another worker, which has named the suite
                 raise
-            raise StageError(
-                error.reason,
-                f"{where}: {error.message}{done}",
-                advice=error.advice,
-                retryable=error.retryable,
-            ) from error
+            raise error.with_message(f"{where}: {error.message}{done}") from error
         except (ValueError, TypeError, LookupError, ArithmeticError) as error:
             raise StageError(
                 "SuiteFailed",
