@@ -340,7 +340,7 @@ def _ranks(row: Row, names: Names, given: list[Any]) -> tuple[list[float], bool]
     count = len(given)
     ranks, field = names.value("ranks", row), names.of("ranks", row)
     rank_keys, score_keys = names.published("rank"), names.published("score")
-    if ranks is None and all(_number(each, rank_keys) is not None for each in given):
+    if ranks is None and any(_number(each, rank_keys) is not None for each in given):
         ranks, field = [_number(each, rank_keys) for each in given], rank_keys[0]
     if ranks is not None:
         if not _are_numbers(ranks) or sorted(ranks) != list(range(1, count + 1)):
