@@ -799,6 +799,19 @@ def test_ranks_that_some_answers_lack_are_refused() -> None:
         preferences({"prompt": "q", "answers": answers}, rank="place")
 
 
+def test_scores_that_the_manifest_names_have_precedence_over_ranks() -> None:
+    """A column that happened to be named `rank` decided, and the named one was not read."""
+    answers = [{"text": "a", "points": 1, "rank": 1}, {"text": "b", "points": 9, "rank": 2}]
+    row = {"prompt": "q", "answers": answers}
+    (found,) = preferences(row, score="points")
+    assert (shown(found.completions), found.margin) == (["assistant: b", "assistant: a"], 8.0)
+    (found,) = preferences(row, score="points", rank="rank")
+    assert shown(found.completions) == ["assistant: a", "assistant: b"]
+    whole = {"prompt": "q", "answers": ["a", "b"], "ranks": [1, 2], "points": [1, 9]}
+    (found,) = preferences(whole, scores="points")
+    assert shown(found.completions) == ["assistant: b", "assistant: a"]
+
+
 def test_a_named_layout_of_preferences_refuses_a_field_that_it_does_not_have() -> None:
     row, fields = Row(1, {"prompt": "q", "chosen": "a", "rejected": "b"}), FieldMap(scores="s")
     with pytest.raises(StageError, match=r"fields\.scores is 's', and format preference has no"):
