@@ -770,6 +770,52 @@ def test_a_field_whose_column_no_row_has_is_named(tmp_path: Path) -> None:
     inner = stream(tmp_path, {"messages": turns}, fields={"role": "who"})
     list(inner)
     assert inner.summary.absent == (), "keys of turns are found in the turns"
+    asked = turn("user", "q", rules="Be brief.")
+    row = {"messages": [asked, turn("assistant", "a")]}
+    named = stream(tmp_path, row, fields={"system": "rules"})
+    list(named)
+    assert named.summary.absent == ("fields.system: rules",), "a column is no key of a turn"
+
+
+def test_a_column_of_trees_that_no_message_has_is_named(tmp_path: Path) -> None:
+    """Deleted answers would be trained on, and nothing would say so."""
+    flat = [renamed(row, "text", "body") for row in (QUESTION, *REPLIES)]
+    fields = {"text": "body", "deleted": "removd", "rank": "rank"}
+    found = stream(tmp_path, *flat, fields=fields)
+    list(found)
+    assert found.summary.absent == ("fields.deleted: removd",)
+    reply = {"message_id": "2", "body": "a", "role": "assistant", "kids": [], "place": 0}
+    root = {"message_id": "1", "body": "q", "role": "prompter", "kids": [reply]}
+    names = {"prompt": "root", "text": "body", "replies": "kids", "rank": "place", "reviewed": "ok"}
+    whole = stream(tmp_path, {"root": root}, fields=names)
+    list(whole)
+    assert whole.summary.absent == ("fields.reviewed: ok",)
+
+
+def test_ranks_that_some_answers_lack_are_refused() -> None:
+    """The answers would count as written best first, and the worse one would be preferred."""
+    answers = [{"text": "bad", "place": 2}, {"text": "good", "place": None}]
+    with pytest.raises(RowError, match="place must hold each of 1 to 2 once"):
+        preferences({"prompt": "q", "answers": answers}, rank="place")
+
+
+def test_scores_that_the_manifest_names_have_precedence_over_ranks() -> None:
+    """A column that happened to be named `rank` decided, and the named one was not read."""
+    answers = [{"text": "a", "points": 1, "rank": 1}, {"text": "b", "points": 9, "rank": 2}]
+    row = {"prompt": "q", "answers": answers}
+    (found,) = preferences(row, score="points")
+    assert (shown(found.completions), found.margin) == (["assistant: b", "assistant: a"], 8.0)
+    (found,) = preferences(row, score="points", rank="rank")
+    assert shown(found.completions) == ["assistant: a", "assistant: b"]
+    whole = {"prompt": "q", "answers": ["a", "b"], "ranks": [1, 2], "points": [1, 9]}
+    (found,) = preferences(whole, scores="points")
+    assert shown(found.completions) == ["assistant: b", "assistant: a"]
+
+
+def test_a_named_layout_of_preferences_refuses_a_field_that_it_does_not_have() -> None:
+    row, fields = Row(1, {"prompt": "q", "chosen": "a", "rejected": "b"}), FieldMap(scores="s")
+    with pytest.raises(StageError, match=r"fields\.scores is 's', and format preference has no"):
+        parse_preferences(row, fields, labeled=False, chosen="preference")
 
 
 def test_keys_of_turns_that_nothing_reads_are_named(tmp_path: Path) -> None:

@@ -152,6 +152,25 @@ def test_a_field_whose_column_no_row_has_is_reported(job: Job) -> None:
     assert "spec.data.train.0: no row has the columns of fields.system: rules" in messages
 
 
+@pytest.mark.parametrize("depth", [200, 201, 1000])
+def test_messages_of_a_tree_too_deep_to_read_are_one_invalid_row(job: Job, depth: int) -> None:
+    """A tree of 350 levels ended the stage with a RecursionError, also with onInvalidRow: skip."""
+    rows = [
+        {
+            "message_id": f"{tree} {at}",
+            "parent_id": f"{tree} {at - 1}" if at else None,
+            "role": "assistant" if at % 2 else "prompter",
+            "text": "so",
+        }
+        for tree, length in (("a", 4), ("b", depth), ("c", 4))
+        for at in range(length)
+    ]
+    outcome = job.train(rows, on_invalid_row="skip", on_overlength="drop")
+    (dataset,) = outcome.details["datasets"]
+    assert dataset["format"] == "openassistant"
+    assert dataset["skipped"] == int(depth > 200)
+
+
 def test_rows_whose_columns_are_all_read_have_no_such_note(job: Job) -> None:
     outcome = job.train(chats(5))
     assert outcome.details["datasets"][0]["unreadColumns"] == []

@@ -13,7 +13,7 @@ from tests.trainer.conftest import VOCABULARY
 from tests.trainer.preferring import write_pairs
 from tuneyard.api.stage_settings import ChatSettings
 from tuneyard_trainer.evaluation.preferences import HeldOutPreferences
-from tuneyard_trainer.reinforcement.rewards import LearnedReward
+from tuneyard_trainer.reinforcement.rewards import Attempt, LearnedReward
 
 CPU = torch.device("cpu")
 REASONING = (
@@ -98,3 +98,17 @@ def test_plain_answers_need_no_turns_on_disk(
     assert_read_as_trained_on(tmp_path, tiny_model_dir, tiny_tokenizer, rows)
     lines = (tmp_path / "pairs" / "validation.jsonl").read_text().splitlines()
     assert all(json.loads(line).keys() == {"prompt", "answers", "label"} for line in lines)
+
+
+def test_a_sampled_answer_is_scored_beside_the_tools_as_a_written_one_is(
+    tmp_path: Path, tiny_model_dir: Path, tiny_tokenizer: Any
+) -> None:
+    """The reward model was trained on the prompts with their tools."""
+    rows = [
+        {"prompt": f"{n} + 2?", "chosen": f"{n + 2}.", "rejected": "No.", "tools": [TOOL]}
+        for n in range(4)
+    ]
+    found = assert_read_as_trained_on(tmp_path, tiny_model_dir, tiny_tokenizer, rows)
+    encode = LearnedReward.load(tmp_path / "reward", CHAT, CPU).encode
+    for attempt in found.attempts:
+        assert encode(Attempt(attempt.prompt, attempt.completion)) == encode(attempt)

@@ -142,6 +142,24 @@ def test_columns_that_nothing_reads_are_named_and_are_no_fault(
     assert "Nothing reads the columns source." in out
 
 
+def test_fields_whose_columns_no_row_has_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    question = {"message_id": 1, "parent_id": None, "role": "prompter", "body": "Which lamp?"}
+    replies = [
+        {"message_id": at, "parent_id": 1, "role": "assistant", "body": text, "place": at}
+        for at, text in ((2, "The blue one."), (3, "Ask somebody else."))
+    ]
+    trees = write(tmp_path / "trees.jsonl", [question, *replies])
+    _, out = run(capsys, "check", trees, "--fields", "text=body,rank=place,deleted=removd")
+    assert "No row has the columns of fields.deleted: removd." in out
+    _, out = run(capsys, "check", trees, "--fields", "text=body,rank=place")
+    assert "No row has" not in out
+    rated = write(tmp_path / "pairs.jsonl", pairs(1))
+    _, out = run(capsys, "check", rated, "--fields", "system=rules")
+    assert "No row has the columns of fields.system: rules." in out
+
+
 LOG: list[Row] = [
     {"event": "answer", "id": 1, "prompt": "Which lamp?", "completion": STORY},
     {"event": "answer", "id": 2, "prompt": "Which lamp?", "completion": "A blue one."},

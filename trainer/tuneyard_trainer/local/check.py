@@ -86,6 +86,8 @@ class _Rows:
     """The first invalid rows."""
     unread: tuple[str, ...] = ()
     """The columns that nothing reads."""
+    absent: tuple[str, ...] = ()
+    """The fields whose columns no row has."""
     places: list[str] = field(default_factory=list)
 
 
@@ -151,6 +153,8 @@ def check_rows(
         notes.append("The answers and edits were searched, also those that nobody rated.")
     if rows.unread:
         notes.append(f"Nothing reads the columns {', '.join(rows.unread)}.")
+    if rows.absent:
+        notes.append(f"No row has the columns of {', '.join(rows.absent)}.")
     if proof is not None:
         faults += proof.faults()
         notes += proof.notes()
@@ -193,7 +197,7 @@ def _plain(rows: _Rows, file: Path, layout: DataFormat, fields: FieldMap) -> Ite
         yield _Row(example, (example,))
     found = stream.summary
     rows.format, rows.read, rows.invalid = found.format, found.rows, found.skipped
-    rows.faults, rows.unread = found.faults, found.unread
+    rows.faults, rows.unread, rows.absent = found.faults, found.unread, found.absent
 
 
 def _rated(rows: _Rows, file: Path, layout: DataFormat, fields: FieldMap) -> Iterator[_Row]:
@@ -206,6 +210,7 @@ def _rated(rows: _Rows, file: Path, layout: DataFormat, fields: FieldMap) -> Ite
         )
     rows.format, rows.read, rows.invalid = stream.format, stream.rows, stream.invalid
     rows.faults, rows.unread = tuple(stream.faults), stream.unread
+    rows.absent = stream.absent
 
 
 def _settings(layout: DataFormat, fields: FieldMap) -> DatasetSettings:

@@ -37,10 +37,10 @@ class RatedRows:
         """Yield the preferences. Raises StageError InvalidPreferences at the end if there are
         none."""
         some = False
-        for row in layouts.joined(read_data(self._file), self._layout, self._fields):
+        rows = map(self._noted, read_data(self._file))
+        for row in layouts.joined(rows, self._layout, self._fields):
             self.rows += 1
             try:
-                self._note(row)
                 labeled = rates_one(row, self._fields)
                 found = parse_preferences(row, self._fields, labeled=labeled, chosen=self._layout)
             except RowError as error:
@@ -68,9 +68,16 @@ class RatedRows:
         """The columns that nothing reads."""
         return self._unread.names
 
-    def _note(self, row: Row) -> None:
+    @property
+    def absent(self) -> tuple[str, ...]:
+        """The fields whose columns no row has."""
+        return self._unread.absent
+
+    def _noted(self, row: Row) -> Row:
+        """Note the columns of a row of the file, before rows are joined."""
         with suppress(RowError):  # reported where the row is parsed
             value, layout = recognized(row, self._fields, self._layout)
             self._names[layout.name] = None
             columns = columns_read(value, layout, self._fields)
             self._unread.note(value, columns, layout.names(self._fields))
+        return row

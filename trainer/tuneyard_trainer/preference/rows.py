@@ -92,14 +92,17 @@ def parse_preferences(
 def recognized(
     row: Row, fields: FieldMap, chosen: DataFormat = "auto"
 ) -> tuple[Mapping[str, Any], Layout]:
-    """Return a row's columns and its layout. Raises RowError.
+    """Return a row's columns and its layout. Raises RowError, and StageError
+    UnknownFormat for a field that the chosen layout does not have.
 
     `chosen`: as in `parse_preferences`.
     """
     if isinstance(row.value, BrokenRow):
         raise RowError(row.value.reason, row.value.fault)
-    named = [layout for layout in layouts.layouts("preferences") if layout.name == chosen]
-    layout = named[0] if named else layouts.match(row.value, "preferences", fields)
+    named = any(layout.name == chosen for layout in layouts.layouts("preferences"))
+    if named:
+        return row.value, layouts.layout_of(chosen, "preferences", fields)
+    layout = layouts.match(row.value, "preferences", fields)
     if layout is None:
         said, _ = layouts.explain(row.value, "preferences", fields)
         present = f"the row has {', '.join(row.value) or 'no fields'}"

@@ -348,7 +348,8 @@ def _chat_text(chat: ChatFormat, attempt: Attempt) -> str:
     refuses them."""
     prompt = attempt.prompt
     if not isinstance(attempt, WrittenAttempt):
-        return rendered(chat.tokenizer, prompt.messages) + attempt.completion + chat.stop
+        before = rendered(chat.tokenizer, prompt.messages, tools=prompt.tools)
+        return before + attempt.completion + chat.stop
     turns = [*prompt.messages, attempt.turn]
     text, targets = chat.targets(turns, "last-assistant", tools=prompt.tools)
     return text[: targets[-1][1]] if targets else text

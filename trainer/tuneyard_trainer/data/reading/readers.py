@@ -340,16 +340,19 @@ def _ranks(row: Row, names: Names, given: list[Any]) -> tuple[list[float], bool]
     count = len(given)
     ranks, field = names.value("ranks", row), names.of("ranks", row)
     rank_keys, score_keys = names.published("rank"), names.published("score")
-    if ranks is None and all(_number(each, rank_keys) is not None for each in given):
+    if ranks is None and any(_number(each, rank_keys) is not None for each in given):
         ranks, field = [_number(each, rank_keys) for each in given], rank_keys[0]
+    scores = names.value("scores", row)
+    if scores is None and any(_number(each, score_keys) is not None for each in given):
+        scores = [_number(each, score_keys) for each in given]
+    named = {"rank", "ranks", "score", "scores"} & names.given.keys()
+    if scores is not None and named and named <= {"score", "scores"}:
+        ranks = None  # the manifest names the scores, and the ranks are another column
     if ranks is not None:
         if not _are_numbers(ranks) or sorted(ranks) != list(range(1, count + 1)):
             problem = f"{field} must hold each of 1 to {count} once, and {field} is {ranks}"
             raise RowError(problem, "InvalidLabel")
         return [float(rank) for rank in ranks], False
-    scores = names.value("scores", row)
-    if scores is None and any(_number(each, score_keys) is not None for each in given):
-        scores = [_number(each, score_keys) for each in given]
     if scores is None:
         return [float(index) for index in range(count)], False
     if not _are_numbers(scores) or len(scores) != count:

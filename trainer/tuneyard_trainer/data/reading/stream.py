@@ -113,7 +113,8 @@ class RowReader:
             counts.refuse(row, f"{error}{self._other_layout(row, error)}")
             return []
         counts.filtered += not found
-        self.note_unread(row, counts)
+        if self.format not in layouts.JOINED:  # those of the files' rows are noted before
+            self.note_unread(row, counts)
         if self.stops_at_invalid and counts.skipped:
             return []
         first = counts.examples
@@ -216,8 +217,7 @@ class Examples:
         if self.reader.format not in layouts.JOINED:
             return rows
         whole: Iterator[Row] = map(parsed, rows)
-        if self.reader.format == "feedback":
-            whole = self._noted(whole)  # the rows that the join makes have one column
+        whole = self._noted(whole)  # the rows that the join makes have other columns
         return layouts.joined(whole, self.reader.format, self._settings.fields)
 
     def finish(self) -> None:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 _KEYS = TurnKeys("role", "text")
 MAX_DEPTH = 200
 """The most messages of one conversation. Real ones have less than 20."""
+_TOO_DEEP = f"the tree is deeper than {MAX_DEPTH} messages; remove the row, or the replies below"
 Node = Mapping[str, Any]
 COLUMNS: Mapping[str, Sequence[str]] = {
     "id": ("message_id",),
@@ -85,7 +86,8 @@ def link_messages(rows: Iterable[Row]) -> Iterator[Row]:
     All flat messages are held in memory, as replies may come in any order. Trees and broken rows
     are yielded unchanged. A message whose parent is not in the data, which has no id or one that
     appears twice, or which is its own ancestor is a broken row, and so are all messages below it. A
-    tree has the number of its first message.
+    tree has the number of its first message, and one deeper than MAX_DEPTH is a broken row: trees
+    of 350 levels do not pickle.
     """
     rows_by_key: dict[str, Row] = {}
     nodes: dict[str, dict[str, Any]] = {}
@@ -110,7 +112,7 @@ def link_messages(rows: Iterable[Row]) -> Iterator[Row]:
     for key, node in nodes.items():
         row, parent = rows_by_key[key], node["parent_id"]
         if parent is None or parent == "":
-            yield Row(row.number, node, row.file)
+            yield _broken(row, _TOO_DEEP) if _is_too_deep(node) else Row(row.number, node, row.file)
         elif str(parent) not in nodes:
             yield _broken(row, f"the parent message {parent} is not in the data")
         elif key in circles:
@@ -121,6 +123,13 @@ def link_messages(rows: Iterable[Row]) -> Iterator[Row]:
 
 def _broken(row: Row, reason: str) -> Row:
     return Row(row.number, BrokenRow(reason), row.file)
+
+
+def _is_too_deep(root: Node) -> bool:
+    level, depth = [root], 0
+    while level and depth <= MAX_DEPTH:
+        level, depth = [reply for message in level for reply in message["replies"]], depth + 1
+    return depth > MAX_DEPTH
 
 
 def _below(nodes: Mapping[str, Node], keys: Iterable[str]) -> Iterator[str]:
@@ -210,9 +219,7 @@ def _is_answered(message: Node) -> bool:
 
 def _turn(message: Node, number: int) -> Message:
     if number > MAX_DEPTH:
-        raise RowError(
-            f"the tree is deeper than {MAX_DEPTH} messages; remove the row, or the replies below"
-        )
+        raise RowError(_TOO_DEEP)
     return turn(message, f"turn {number}", _KEYS)
 
 

@@ -10,7 +10,8 @@ from pydantic.alias_generators import to_camel
 
 from tuneyard.api.sources import FieldMap
 from tuneyard_trainer.data.reading.example import printable
-from tuneyard_trainer.data.reading.readers import Names
+from tuneyard_trainer.data.reading.readers import INNER, Names
+from tuneyard_trainer.data.reading.trees import MAX_DEPTH
 from tuneyard_trainer.data.reading.turns import TURN_KEYS, TurnKeys, is_turn, kind_of
 
 MAX_UNREAD = 20
@@ -19,6 +20,8 @@ MAX_NAME = 60
 """Characters of a column's name that are listed."""
 INNER_LEVELS = 4
 """Levels of lists and objects in a row that a key is looked for: those of `input.messages[0]`."""
+TREE_LEVELS = 2 * MAX_DEPTH
+"""Levels of a tree, in which each message is an object in a list of replies."""
 _PUBLISHED = Names({}, FieldMap())
 
 
@@ -31,18 +34,19 @@ class Unread:
     mapped: Mapping[str, str] = field(default_factory=dict)
     """The columns that the manifest names, by field."""
     seen: set[str] = field(default_factory=set)
-    """Those of them that any row has."""
+    """The fields whose columns any row has."""
 
     def note(
         self, row: Mapping[str, Any], columns: Iterable[str] | None, names: Names = _PUBLISHED
     ) -> None:
         """Note the columns of a row, and as `COLUMN[].KEY` the keys of its turns. `columns`: those
-        that are read. None: no row is noted. `names`: those of the row's layout."""
+        that are read. None: the row is a tree or a message of one, whose columns are not noted.
+        `names`: those of the row's layout."""
+        self.mapped = names.given
+        absent = [name for name in names.given if name not in self.seen]
+        self.seen.update(name for name in absent if _has(row, name, names, in_tree=columns is None))
         if columns is None:
             return
-        self.mapped = names.given
-        absent = [column for column in names.given.values() if column not in self.seen]
-        self.seen.update(column for column in absent if _holds(row, column, INNER_LEVELS))
         for name, value in row.items():
             if name not in columns:
                 self._note(name, value)
@@ -81,19 +85,31 @@ class Unread:
         return tuple(
             f"fields.{to_camel(name)}: {printable(column, MAX_NAME)}"
             for name, column in self.mapped.items()
-            if column not in self.seen
+            if name not in self.seen
         )
 
 
-def _holds(value: Any, name: str, levels: int) -> bool:
-    """Return whether an object, or one within it, has a key."""
-    if isinstance(value, Mapping):
-        if name in value:
+def _has(row: Mapping[str, Any], name: str, names: Names, *, in_tree: bool) -> bool:
+    """Return whether a row has the column of a field that the manifest names, where it is read."""
+    column = names.given[name]
+    if column in row:
+        return True
+    if in_tree or name in INNER:
+        return _holds(row, column, TREE_LEVELS if in_tree else INNER_LEVELS)
+    within = names.value("input", row), names.value("instances", row)
+    parts = [part for each in within for part in (each if isinstance(each, list) else [each])]
+    return any(isinstance(part, Mapping) and column in part for part in parts)
+
+
+def _holds(row: Mapping[str, Any], name: str, levels: int) -> bool:
+    """Return whether an object within a row has a key."""
+    waiting: list[Any] = [row]
+    for _ in range(levels + 1):
+        if any(name in each for each in waiting if isinstance(each, Mapping)):
             return True
-        value = value.values()
-    elif not isinstance(value, list):
-        return False
-    return levels > 0 and any(_holds(part, name, levels - 1) for part in value)
+        parts = (each.values() if isinstance(each, Mapping) else each for each in waiting)
+        waiting = [part for each in parts for part in each if isinstance(part, Mapping | list)]
+    return False
 
 
 def unread_message(name: str, unread: Sequence[str]) -> str:
