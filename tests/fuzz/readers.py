@@ -188,7 +188,7 @@ def use(path: Path, format: DataFormat, fields: dict[str, str], variant: int) ->
         paths="all" if variant & 1 else None,
     )
     _same(*([*_examples_of(path, settings)] for _ in range(2)), "examples")  # type: ignore[misc]
-    _preferences(path, settings)
+    _allowed(lambda: _preferences(path, settings))
     prompts = PromptSettings(format=format, fields=settings.fields, limit=None)
     chat = ChatSettings(system_prompt="s", chat_template=None)
     _allowed(lambda: read_prompts(path, prompts, chat, name="prompts"))
