@@ -172,6 +172,27 @@ def test_verdicts_on_a_model_that_has_changed_since_are_refused(
     assert main.call(["gate", str(out)]) == 0, "an export that is not done changes no verdict"
 
 
+def test_verdicts_on_a_reward_model_or_pairs_that_have_changed_since_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A job that trains a reward model alone has no tuned model."""
+    out = write_output(tmp_path / "out", [result(LOSS, "pass")])
+    inputs = {"model": "sha256:base", "pairs": "sha256:rows", "reward": "sha256:weights"}
+    evaluated = out / "stages/evaluate/record.json"
+    evaluated.write_text(record("evaluate", "sha256:found", **inputs))
+    assert main.call(["gate", str(out)]) == 0
+    for stage, digest, role in (("sft", "weights", "reward"), ("prepare", "rows", "pairs")):
+        trained = out / f"stages/{stage}/record.json"
+        trained.write_text(record(stage, "sha256:others"))
+        assert main.call(["gate", str(out)]) == 3
+        assert f"{role} in" in capsys.readouterr().err
+        trained.write_text(record(stage, f"sha256:{digest}"))
+    # A reward model that is optimized, and not trained here, is of no stage.
+    inputs = {"tuned": "sha256:weights", "pairs": "sha256:rows", "reward": "sha256:of the hub"}
+    evaluated.write_text(record("evaluate", "sha256:found", **inputs))
+    assert main.call(["gate", str(out)]) == 0
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

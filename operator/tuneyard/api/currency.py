@@ -25,6 +25,7 @@ def changed_after_evaluation(files: Mapping[str, Any]) -> list[str]:
     digests = {record.get("digest") for record in records.values()}
     for name in evaluated & records.keys():
         inputs = records[name].get("inputDigests") or {}
-        roles = inputs.keys() & {"tuned", "data"}
+        model = "tuned" if "tuned" in inputs else "reward"  # of a job that trains only a reward
+        roles = inputs.keys() & {model, "data", "pairs"}
         changed |= {role for role in roles if inputs[role] not in digests}
     return sorted(changed)

@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import regex
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
@@ -101,8 +102,9 @@ class Function(_Part):
     @classmethod
     def _compiles(cls, pattern: str | None) -> str | None:
         try:
+            regex.compile(pattern or "")
             re.compile(pattern or "")
-        except re.error as error:
+        except (re.error, regex.error) as error:
             raise ValueError(f"is no regular expression: {error}") from error
         return pattern
 
