@@ -148,6 +148,26 @@ def read(file: Path, limit: int | None = None) -> dict[str, choices.Choice]:
     return read_items(file, choices.parse, limit=limit, field=FIELD, expected=choices.EXPECTED)
 
 
+@pytest.mark.parametrize(
+    ("kind", "row"),
+    [
+        (choices, {"good": "ask", "bad": "as\ud83d"}),
+        (refusals, {"prompt": "ask \ud83d", "label": "safe"}),
+        (None, {"deep": {"texts": ["\udc00"]}}),
+    ],
+)
+def test_a_row_with_half_of_a_surrogate_pair_is_no_item(
+    tmp_path: Path, kind: Any, row: dict[str, Any]
+) -> None:
+    """No tokenizer takes it, and no file holds it."""
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({"prompt": "\ud83d\ude00"}) + "\n" + json.dumps(row) + "\n")
+    with pytest.raises(StageError, match=r"rows\.jsonl row 2: a text has half of a sur") as found:
+        read_items(file, kind.parse if kind else dict, None, FIELD, "")
+    assert found.value.reason == "InvalidData"
+    assert kind is not None or "1 of 2 rows" in found.value.message
+
+
 def test_the_limit_counts_rows_from_the_first(tmp_path: Path) -> None:
     file = tmp_path / "suite.jsonl"
     rows = [{"good": f"{i} runs.", "bad": "He run."} for i in range(5)]

@@ -24,6 +24,7 @@ from tuneyard.errors import StageError
 from tuneyard_trainer.evaluation import evaluate
 from tuneyard_trainer.evaluation.suites import harness, local_task, task_file
 from tuneyard_trainer.models.base import load_base, load_tokenizer
+from tuneyard_trainer.reinforcement import patterns
 from tuneyard_trainer.worker import StageContext
 
 FIELD = "spec.evaluate.suites[0].task"
@@ -290,7 +291,7 @@ def test_a_regular_expression_of_a_filter_ends_whatever_the_model_answers(
     (function,) = [
         each["function"] for each in task.config.filter_list[0]["filter"] if len(each) > 1
     ]
-    monkeypatch.setattr(local_task, "PATTERN_SECONDS", 0.05)
+    monkeypatch.setattr(patterns, "SECONDS", 0.05)
     found = function(regex_pattern="^(a+)+$", fallback="none")
     assert found.apply([["a" * 60 + "b"], ["aaa"]], [{}, {}]) == [["none"], ["aaa"]]
 

@@ -14,7 +14,7 @@ from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
 from tuneyard.errors import StageError
 from tuneyard_trainer.evaluation import task_metrics
 from tuneyard_trainer.evaluation.task_metrics import OTHER, Scores
-from tuneyard_trainer.reinforcement import rewards
+from tuneyard_trainer.reinforcement import patterns
 
 ANSWERS = ["The cat sat on the mat.", "It is raining today", "", "Paris, of course", "a dog runs"]
 SINGLE = [
@@ -111,7 +111,7 @@ def test_numbers_that_json_lacks_are_no_json_and_none_ends_the_measurement() -> 
 def test_a_pattern_of_a_schema_that_takes_for_ever_is_not_found(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(rewards, "PATTERN_SECONDS", 0.05)
+    monkeypatch.setattr(patterns, "SECONDS", 0.05)
     schema = json.dumps({"items": {"type": "string", "pattern": "^(a+)+$"}})
     (metric,) = task_metrics.task_metrics([], schema, None)
     answers = [json.dumps(["a" * 60 + "b"]), '["aaa"]', "[7]"]
@@ -137,7 +137,7 @@ def test_a_pattern_is_searched_and_one_that_takes_for_ever_is_not_found(
 ) -> None:
     (metric,) = task_metrics.task_metrics([], None, r"\bTN-\d{4}\b")
     assert only(metric(["It is TN-1234.", "TN-12345", ""], [[""]] * 3)) == [1.0, 0.0, 0.0]
-    monkeypatch.setattr(task_metrics, "PATTERN_SECONDS", 0.05)
+    monkeypatch.setattr(patterns, "SECONDS", 0.05)
     (metric,) = task_metrics.task_metrics([], None, r"^(a+)+$")
     assert only(metric(["a" * 60 + "b", "aaa"], [[""]] * 2)) == [0.0, 1.0]
 

@@ -6,6 +6,7 @@ answers together, such as BLEU, is a `whole`. Shapes: N answers.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,18 +14,15 @@ from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
-import regex
 from numpy.typing import NDArray
 
 from tuneyard.api.answer_metrics import AnswerMetric
 from tuneyard_trainer.evaluation import numeric
 from tuneyard_trainer.evaluation.items import Items
+from tuneyard_trainer.reinforcement.patterns import Pattern
 from tuneyard_trainer.reinforcement.rewards import JsonSchema, parsed_json
 from tuneyard_trainer.reporting.answers import is_right
 
-PATTERN_SECONDS = 1.0
-"""The longest search for a pattern in one answer, which is then not found: some patterns take
-exponential time."""
 MAX_CLASSES = 200
 """The most classes of which the record has a table."""
 OTHER = "(other)"
@@ -105,7 +103,7 @@ def normalized(text: str) -> str:
 
 
 _PUNCTUATION = frozenset("!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~")
-_ARTICLE = regex.compile(r"\b(a|an|the)\b")
+_ARTICLE = re.compile(r"\b(a|an|the)\b")
 
 
 def exact_match(answers: Sequence[str], references: References) -> Scores:
@@ -214,19 +212,9 @@ def schema_valid(schema: JsonSchema, answers: Sequence[str], _references: Refere
     return _mean("schemaValid", [float(schema.accepts(answer)) for answer in answers])
 
 
-def pattern_match(
-    pattern: regex.Pattern[str], answers: Sequence[str], _references: References
-) -> Scores:
-    """Return whether a pattern is found in each answer. A search that takes longer than
-    PATTERN_SECONDS finds nothing."""
-
-    def found(answer: str) -> bool:
-        try:
-            return pattern.search(answer, timeout=PATTERN_SECONDS) is not None
-        except TimeoutError:
-            return False
-
-    return _mean("patternMatch", [float(found(answer)) for answer in answers])
+def pattern_match(pattern: Pattern, answers: Sequence[str], _references: References) -> Scores:
+    """Return whether a pattern is found in each answer."""
+    return _mean("patternMatch", [float(pattern.is_in(answer)) for answer in answers])
 
 
 # ---- classes ------------------------------------------------------------------------------------
@@ -320,7 +308,7 @@ def task_metrics(
         parsed = JsonSchema.parsed(schema, f"{field}.answerSchema")
         found.append(partial(schema_valid, parsed))
     if pattern is not None:
-        found.append(partial(pattern_match, regex.compile(pattern)))
+        found.append(partial(pattern_match, Pattern(pattern)))
     return found
 
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, Self
 
 import jsonschema
 import referencing
-import regex
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -29,10 +29,8 @@ from tuneyard_trainer.data.reading.conversations import Message
 from tuneyard_trainer.generation.batches import length_batches
 from tuneyard_trainer.models import base, reward_models
 from tuneyard_trainer.models.files import context_length, first_line
+from tuneyard_trainer.reinforcement.patterns import Pattern
 
-PATTERN_SECONDS = 1.0
-"""The longest search for a pattern in one text, which is then not found: some patterns take
-exponential time."""
 BATCH_SIZE = 64
 """Completions in one forward pass of a reward model, which needs no key-value cache."""
 
@@ -223,12 +221,6 @@ class JsonSchema:
             return False
         try:
             return bool(self.validator.is_valid(value))
-        except regex.error as error:
-            raise StageError(
-                "BadSchema",
-                f"{self.path} has the pattern {error.pattern!r}, which is not read: {error}.",
-                advice=f"Correct the pattern of {self.path}.",
-            ) from error
         except (OverflowError, RecursionError):  # of a number beyond float64, of a deep value
             return False
         except referencing.exceptions.Unresolvable as error:
@@ -253,16 +245,13 @@ class JsonSchema:
 
 
 def _pattern(validator: Any, pattern: str, instance: Any, _schema: Any) -> Iterator[Any]:
-    """Yield the fault of a text in which a pattern is not found. A search that takes longer than
-    PATTERN_SECONDS finds nothing; that of jsonschema would not end."""
-    if not validator.is_type(instance, "string"):
-        return
-    try:
-        found = regex.search(pattern, instance, timeout=PATTERN_SECONDS)
-    except TimeoutError:
-        found = None
-    if found is None:
+    """Yield the fault of a text in which a pattern is not found. The search of jsonschema may not
+    end."""
+    if validator.is_type(instance, "string") and not _compiled(pattern).is_in(instance):
         yield jsonschema.ValidationError(f"{pattern} is not found")
+
+
+_compiled = cache(Pattern)
 
 
 def parsed_json(text: str) -> Any:

@@ -11,15 +11,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import regex
-
 from tuneyard.errors import StageError
 from tuneyard_trainer.data.reading.example import RowError, printable
 from tuneyard_trainer.data.reading.stream import FAULTS_SHOWN
 from tuneyard_trainer.evaluation.bounded import BoundedProcess
 from tuneyard_trainer.evaluation.suites.rows import read_items
 from tuneyard_trainer.evaluation.suites.task_file import TaskFile, read_task_file
-from tuneyard_trainer.evaluation.task_metrics import PATTERN_SECONDS
+from tuneyard_trainer.reinforcement.patterns import Pattern
 
 ROW_SECONDS = 5.0
 """The longest rendering of one row. It takes microseconds."""
@@ -133,27 +131,12 @@ def _place(target: Any, choices: Any) -> int:
     )
 
 
-class _Bounded:
-    """A regular expression whose search in an answer ends: one that takes longer than
-    PATTERN_SECONDS finds nothing."""
-
-    def __init__(self, pattern: str) -> None:
-        self._pattern = regex.compile(pattern)
-
-    def findall(self, text: str) -> list[Any]:
-        """Return all matches as `re.findall` does."""
-        try:
-            return self._pattern.findall(text, timeout=PATTERN_SECONDS)
-        except TimeoutError:
-            return []
-
-
 def _regex_filter(**settings: Any) -> Any:
     """Return the filter `regex` of the harness, which itself would search without an end."""
     from lm_eval.filters.extraction import RegexFilter
 
     found = RegexFilter(**settings)
-    found.regex = _Bounded(found.regex_pattern)
+    found.regex = Pattern(found.regex_pattern)
     return found
 
 

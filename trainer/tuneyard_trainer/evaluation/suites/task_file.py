@@ -11,7 +11,6 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import regex
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import ErrorDetails
@@ -102,9 +101,8 @@ class Function(_Part):
     @classmethod
     def _compiles(cls, pattern: str | None) -> str | None:
         try:
-            regex.compile(pattern or "")
             re.compile(pattern or "")
-        except (re.error, regex.error) as error:
+        except re.error as error:
             raise ValueError(f"is no regular expression: {error}") from error
         return pattern
 
