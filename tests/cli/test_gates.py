@@ -172,6 +172,23 @@ def test_verdicts_on_a_model_that_has_changed_since_are_refused(
     assert main.call(["gate", str(out)]) == 0, "an export that is not done changes no verdict"
 
 
+def test_verdicts_that_missed_a_gate_are_refused_too_once_the_model_has_changed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Such an evaluation has no record; a run that trained again may have ended before the next."""
+    out = write_output(tmp_path / "out", [result(LOSS, "breach")], failed=True)
+    evaluation = out / "stages/evaluate/evaluation.json"
+    value = json.loads(evaluation.read_text())
+    assert main.call(["gate", str(out)]) == 1, "an earlier version named no inputs"
+    digests = {"tuned": "sha256:weights", "data": "sha256:rows", "model": "sha256:base"}
+    evaluation.write_text(json.dumps({**value, "inputDigests": digests}))
+    assert main.call(["gate", str(out)]) == 1
+    (out / "stages/sft/record.json").write_text(record("sft", "sha256:others"))
+    capsys.readouterr()
+    assert main.call(["gate", str(out)]) == 3
+    assert "tuned in" in capsys.readouterr().err
+
+
 def test_verdicts_on_a_reward_model_or_pairs_that_have_changed_since_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

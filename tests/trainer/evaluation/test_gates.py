@@ -224,7 +224,7 @@ def ended(
     stage = PlannedStage(name="evaluate", settings=settings, inputs=inputs, fingerprint="sha256:0")
     reports: list[dict[str, Any]] = []
     worker = Worker(0, 1, torch.device("cpu"), report=lambda **report: reports.append(report))
-    context = StageContext(stage, {}, folder, worker)
+    context = StageContext(stage, {}, folder, worker, {"tuned": "sha256:weights"})
     try:
         return finish(context, settings.gates, metrics, [], items=found), reports
     except StageError as error:
@@ -257,6 +257,7 @@ def test_a_missed_gate_is_reported_with_every_finding_a_remedy_and_the_models_pl
     assert verdicts == ["pass", "breach", "breach"]
     written = json.loads((tmp_path / "evaluation.json").read_text())
     assert [gate["verdict"] for gate in written["gates"]] == verdicts
+    assert written["inputDigests"] == {"tuned": "sha256:weights"}, "there is no record"
 
 
 @pytest.mark.parametrize(
