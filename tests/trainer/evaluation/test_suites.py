@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import json
 import math
@@ -435,6 +436,20 @@ def test_the_evidence_of_a_task_holds_only_metrics_that_are_means_of_its_documen
     assert found.metrics["perplexity"] > 1
     assert found.higher_is_better == {"perplexity": False, "acc": True}
     assert [*found.items] == ["acc"], "log-probabilities of documents are no perplexities"
+
+
+def test_a_model_that_diverged_has_no_accuracy_by_chance_on_a_task(
+    tmp_path: Path, tiny: tuple[Any, Any]
+) -> None:
+    """The harness takes NaN for the likeliest: the first option of each document."""
+    model, tokenizer = copy.deepcopy(tiny[0]), tiny[1]
+    with torch.no_grad():
+        model.lm_head.weight.fill_(float("nan"))
+    task_files(tmp_path)
+    with pytest.raises(StageError, match=r"lamps document \d is not a number") as failed:
+        harness.run_task(task(), model, tokenizer, lambda: None)
+    assert failed.value.reason == "TaskFailed"
+    assert "training.learningRate" in failed.value.advice
 
 
 def test_a_stop_request_ends_a_task_and_leaves_the_model_as_it_was(

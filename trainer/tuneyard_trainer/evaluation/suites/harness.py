@@ -119,7 +119,29 @@ def run_task(
         hook.remove()
     if found is None:  # another worker of a sharded model returns the result
         return TaskResult({}, {}, {}, {}, {})
+    _require_numbers(task, found.get("samples", {}))
     return _result(task, found)
+
+
+def _require_numbers(task: Task, samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+    """Raise StageError TaskFailed for a log-probability that is NaN: the harness takes it for the
+    likeliest, so that a model that diverged would have the accuracy of chance. `samples`: the
+    documents of each task."""
+    for name, documents in samples.items():
+        for document in documents:
+            if _has_nan(document.get("resps")):
+                raise StageError(
+                    "TaskFailed",
+                    f"{task.field}: a log-probability of {name} document {document['doc_id']} is "
+                    "not a number.",
+                    advice="The model has diverged: lower training.learningRate.",
+                )
+
+
+def _has_nan(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return any(_has_nan(each) for each in value)
+    return isinstance(value, float) and math.isnan(value)
 
 
 def _require_known(task: Task, known: list[str]) -> None:
