@@ -206,7 +206,7 @@ class JsonSchema:
             ) from error
         # An empty registry: a schema's "$ref" must never fetch anything from the network.
         found = cls(kind(schema, registry=referencing.Registry()), path)
-        found._require_end()
+        _require_end(found)
         return found
 
     def __call__(self, attempts: Sequence[Attempt]) -> Tensor:
@@ -230,18 +230,19 @@ class JsonSchema:
                 advice='Put the referenced schema into it, under "$defs".',
             ) from error
 
-    def _require_end(self) -> None:
-        """Raise StageError BadSchema if the schema refers to itself whatever the value is."""
-        try:
-            self.validator.is_valid(None)
-        except referencing.exceptions.Unresolvable:
-            return  # `accepts` names the reference, if a completion needs it
-        except RecursionError as error:
-            raise StageError(
-                "BadSchema",
-                f"{self.path} refers to itself without end.",
-                advice=f'Correct the "$ref" of {self.path}.',
-            ) from error
+
+def _require_end(schema: JsonSchema) -> None:
+    """Raise StageError BadSchema if a schema refers to itself whatever the value is."""
+    try:
+        schema.validator.is_valid(None)
+    except referencing.exceptions.Unresolvable:
+        return  # `accepts` names the reference, if a completion needs it
+    except RecursionError as error:
+        raise StageError(
+            "BadSchema",
+            f"{schema.path} refers to itself without end.",
+            advice=f'Correct the "$ref" of {schema.path}.',
+        ) from error
 
 
 def _pattern(validator: Any, pattern: str, instance: Any, _schema: Any) -> Iterator[Any]:
