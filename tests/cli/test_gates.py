@@ -172,6 +172,44 @@ def test_verdicts_on_a_model_that_has_changed_since_are_refused(
     assert main.call(["gate", str(out)]) == 0, "an export that is not done changes no verdict"
 
 
+def test_verdicts_that_missed_a_gate_are_refused_too_once_the_model_has_changed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Such an evaluation has no record; a run that trained again may have ended before the next."""
+    out = write_output(tmp_path / "out", [result(LOSS, "breach")], failed=True)
+    evaluation = out / "stages/evaluate/evaluation.json"
+    value = json.loads(evaluation.read_text())
+    assert main.call(["gate", str(out)]) == 1, "an earlier version named no inputs"
+    digests = {"tuned": "sha256:weights", "data": "sha256:rows", "model": "sha256:base"}
+    evaluation.write_text(json.dumps({**value, "inputDigests": digests}))
+    assert main.call(["gate", str(out)]) == 1
+    (out / "stages/sft/record.json").write_text(record("sft", "sha256:others"))
+    capsys.readouterr()
+    assert main.call(["gate", str(out)]) == 3
+    assert "tuned in" in capsys.readouterr().err
+
+
+def test_verdicts_on_a_reward_model_or_pairs_that_have_changed_since_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A job that trains a reward model alone has no tuned model."""
+    out = write_output(tmp_path / "out", [result(LOSS, "pass")])
+    inputs = {"model": "sha256:base", "pairs": "sha256:rows", "reward": "sha256:weights"}
+    evaluated = out / "stages/evaluate/record.json"
+    evaluated.write_text(record("evaluate", "sha256:found", **inputs))
+    assert main.call(["gate", str(out)]) == 0
+    for stage, digest, role in (("sft", "weights", "reward"), ("prepare", "rows", "pairs")):
+        trained = out / f"stages/{stage}/record.json"
+        trained.write_text(record(stage, "sha256:others"))
+        assert main.call(["gate", str(out)]) == 3
+        assert f"{role} in" in capsys.readouterr().err
+        trained.write_text(record(stage, f"sha256:{digest}"))
+    # A reward model that is optimized, and not trained here, is of no stage.
+    inputs = {"tuned": "sha256:weights", "pairs": "sha256:rows", "reward": "sha256:of the hub"}
+    evaluated.write_text(record("evaluate", "sha256:found", **inputs))
+    assert main.call(["gate", str(out)]) == 0
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

@@ -350,6 +350,10 @@ def test_a_gate_of_supervised_steps_alone_needs_what_they_measure() -> None:
     assert "set sft.data.validation" in found("lossReduction", held_out=False)[0]
     assert "compareWithBase: true" in found("lossReduction", compareWithBase=False)[0]
     assert "remove it" in found("validationLossOfGaps")[0]
+    suites = {"suites": [{"name": "sense", "choices": {"uri": "file://blimp.jsonl"}}]}
+    assert found("sense/accuracyChange", **suites) == []
+    (message,) = found("sense/accuracyChange", compareWithBase=False, **suites)
+    assert "the suite sense does not measure accuracyChange" in message
 
 
 def test_auto_is_resolved_by_method_and_tuning() -> None:
@@ -394,9 +398,22 @@ def test_each_format_of_preferences_can_be_named(name: str) -> None:
          "spec.evaluate.gates[0].metric"),
         ({"evaluate__gates": [{"metric": "preferenceAccuracy", "atLeast": 0.5}],
           "preferences__heldOut": 0.0}, "spec.evaluate.gates[0].metric"),
+        ({"evaluate__gates": [{"metric": "kl", "atMost": 9.0}], "preferences__heldOut": 0.0},
+         "spec.evaluate.gates[0].metric"),
+        ({"evaluate__gates": [{"metric": "reward", "atLeast": 0.0}], "preferences__heldOut": 0.0,
+          "rewardModel": {"rule": {"exactMatch": "a"}}}, "spec.evaluate.gates[0].metric"),
+        ({"evaluate__gates": [{"metric": "rewardAccuracy", "atLeast": 0.5}],
+          "rewardModel": {"model": {"uri": "hf://org/reward"}}, "optimize__dpo__loss": "kto"},
+         "spec.evaluate.gates[0].metric"),
         ({"evaluate__gates": [{"metric": "kl", "notWorseThanBaseBy": 1.0}]},
          "spec.evaluate.gates[0].notWorseThanBaseBy"),
         ({"evaluate__gates": [{"metric": "distinctRatio", "atLeast": 0.5, "minItems": 9}]},
+         "spec.evaluate.gates[0].minItems"),
+        ({"evaluate__gates": [{"metric": "kl", "atMost": 9.0, "minItems": 9}]},
+         "spec.evaluate.gates[0].minItems"),
+        ({"evaluate__gates": [{"metric": "preferenceMargin", "atLeast": 0.0, "minItems": 9}]},
+         "spec.evaluate.gates[0].minItems"),
+        ({"evaluate__gates": [{"metric": "sycophancyShift", "atMost": 0.1, "minItems": 9}]},
          "spec.evaluate.gates[0].minItems"),
         ({"optimize": None, "sft": {"data": {"train": [{"uri": "file://t.jsonl"}]}}},
          "spec.preferences"),

@@ -206,6 +206,21 @@ def test_a_bound_of_the_difference_needs_the_base_and_values_of_each_item() -> N
     )
 
 
+def test_bounds_that_no_value_meets_are_refused_before_the_job_starts() -> None:
+    def found(low: float, high: float) -> list[str]:
+        gate = {"metric": "validationLoss", "atLeast": low, "atMost": high}
+        try:
+            plan_job(job(data__validation=VALIDATION, evaluate__gates=[gate]))
+        except PlanError as error:
+            return [f"{fault.path} {fault.message}" for fault in error.faults]
+        return []
+
+    assert found(0.1, 0.9) == found(0.5, 0.5) == []
+    (message,) = found(0.9, 0.1)
+    assert message.startswith("spec.evaluate.gates[0].atLeast no value is at least 0.9 and at most")
+    assert "lower atLeast, or raise atMost" in message
+
+
 def test_the_new_fields_of_gates_leave_a_plan_without_them_as_it_was() -> None:
     gates = [{"metric": "validationLoss", "atMost": 2.0}]
     text = plan_job(job(data__validation=VALIDATION, evaluate__gates=gates)).to_json()

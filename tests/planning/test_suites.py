@@ -239,6 +239,10 @@ def test_a_gate_on_answers_that_are_not_measured_so_names_the_field_to_set(
         ({"metric": "capitals/bleu", "notWorseThanBaseBy": 0.1}, "notWorseThanBaseBy"),
         ({"metric": "capitals/bleu", "atLeast": 0.1, "minItems": 3}, "minItems"),
         ({"metric": "bleu", "atLeast": 0.1, "minItems": 3}, "minItems"),
+        ({"metric": "capitals/bleuChange", "atLeast": 0.1, "minItems": 3}, "minItems"),
+        ({"metric": "capitals/baseBleu", "atLeast": 0.1, "minItems": 3}, "minItems"),
+        ({"metric": "capitals/exactMatchChange", "atLeast": 0.1, "minItems": 3}, None),
+        ({"metric": "capitals/baseExactMatch", "atLeast": 0.1, "minItems": 3}, None),
     ],
 )
 def test_a_metric_of_all_answers_together_has_no_items_to_compare(

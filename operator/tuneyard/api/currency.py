@@ -23,8 +23,10 @@ def changed_after_evaluation(files: Mapping[str, Any]) -> list[str]:
     }
     changed = begun - evaluated - {"export"}
     digests = {record.get("digest") for record in records.values()}
-    for name in evaluated & records.keys():
-        inputs = records[name].get("inputDigests") or {}
-        roles = inputs.keys() & {"tuned", "data"}
+    for name in evaluated:  # one that missed a gate has no record
+        found = records.get(name) or named[f"{name}{EVALUATED}"]
+        inputs = found.get("inputDigests") or {}
+        model = "tuned" if "tuned" in inputs else "reward"  # of a job that trains only a reward
+        roles = inputs.keys() & {model, "data", "pairs"}
         changed |= {role for role in roles if inputs[role] not in digests}
     return sorted(changed)

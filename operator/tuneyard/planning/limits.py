@@ -27,6 +27,7 @@ from tuneyard.planning.augmentation import augmentation_faults, runs_a_model
 from tuneyard.planning.defenses import defense_faults, measured_faults
 from tuneyard.planning.drafts import Sharding
 from tuneyard.planning.suites import (
+    is_counted,
     is_paired,
     pattern_faults,
     suite_faults,
@@ -80,8 +81,11 @@ NEEDS_WHOLE_MODEL = (
 WIN_RATES = ("winRate", "lengthControlledWinRate")
 """The metrics that a judge of `evaluate.winRate` measures."""
 
-WITHOUT_ITEMS = ("lengthRatio", "distinctRatio", *sorted(OF_ALL_ANSWERS))
-"""Metrics of all completions together."""
+WITHOUT_ITEMS = (
+    *("lengthRatio", "distinctRatio", *sorted(OF_ALL_ANSWERS)),
+    *("kl", "preferenceMargin", "rewardMargin", "sycophancyShift"),
+)
+"""Metrics of all completions together, and means whose evidence has no items."""
 
 WITH_VIRTUAL_TOKENS = ("prompt", "prefix")
 """Adapters that put trained tokens before the input."""
@@ -158,8 +162,9 @@ def alignment_faults(spec: AlignmentSpec) -> list[Fault]:
     ]
     aligned = spec.optimize or (spec.reward_model and spec.reward_model.train)
     known = get_args(AlignmentMetric if aligned else Metric)
+    with_base = bool(aligned) or spec.evaluate.compare_with_base
     for path, gate in _gates(spec.evaluate):
-        problem = _unknown_metric(gate, known, spec.evaluate, compared=True)
+        problem = _unknown_metric(gate, known, spec.evaluate, compared=with_base)
         if problem is None and aligned:
             problem = _unmeasured_alignment(gate, spec)
         elif problem is None:
@@ -167,7 +172,6 @@ def alignment_faults(spec: AlignmentSpec) -> list[Fault]:
         if problem:
             faults.append(Fault(f"{path}.metric", problem))
         else:
-            with_base = bool(aligned) or spec.evaluate.compare_with_base
             faults += _evidence_faults(path, gate, known, with_base=with_base)
     return faults
 
@@ -697,10 +701,16 @@ def _evidence_faults(
 ) -> Iterator[Fault]:
     """Yield the faults of a gate whose evidence is never measured. `known`: the metrics of the job;
     `with_base`: whether the base model is measured too."""
-    if gate.min_items is not None and gate.metric.rpartition("/")[2] in WITHOUT_ITEMS:
+    if gate.min_items is not None and not _has_items(gate.metric):
         yield Fault(
             f"{path}.minItems",
-            f"{gate.metric} is measured on all completions together, not on items: remove minItems",
+            f"{gate.metric} has no value for single items that could be counted: remove minItems",
+        )
+    if gate.at_least is not None and gate.at_most is not None and gate.at_least > gate.at_most:
+        yield Fault(
+            f"{path}.atLeast",
+            f"no value is at least {gate.at_least:g} and at most {gate.at_most:g}, so that the "
+            "gate could never be met: lower atLeast, or raise atMost",
         )
     if gate.not_worse_than_base_by is None:
         return
@@ -719,6 +729,11 @@ def _evidence_faults(
             "needs a measurement of the base model: set evaluate.compareWithBase: true, or use "
             "atLeast or atMost",
         )
+
+
+def _has_items(metric: str) -> bool:
+    """Return whether the items of a metric can be counted, as far as its name says."""
+    return is_counted(metric) if "/" in metric else metric not in WITHOUT_ITEMS
 
 
 def _without_base(gate: Gate, evaluate: Evaluate) -> str | None:
@@ -842,9 +857,21 @@ def _unmeasured_alignment(gate: Gate, spec: AlignmentSpec) -> str | None:
             f"{gate.metric} is measured with a reward model on held-out preferences: set "
             "preferences, and rewardModel.train or rewardModel.model"
         )
-    of_policy = ("kl", "lengthRatio", "distinctRatio", "repetition", "complete", "sycophancyShift")
-    if gate.metric in of_policy and not spec.optimize:
+    dpo = spec.optimize and spec.optimize.dpo
+    if on_reward and dpo and dpo.loss == "kto":
+        return (
+            f"{gate.metric} is measured on pairs or rankings, and optimize.dpo.loss kto takes "
+            "unpaired completions: use another metric, or choose another loss"
+        )
+    of_completions = ("kl", "lengthRatio", "distinctRatio", "repetition", "complete")
+    if gate.metric in (*of_completions, "sycophancyShift") and not spec.optimize:
         return f"{gate.metric} is measured on an aligned model: set optimize"
+    of_reward = ("reward", "rewardGain", "rewardLengthCorrelation")
+    if gate.metric in (*of_completions, *of_reward) and not _has_evaluation_prompts(spec):
+        return (
+            f"{gate.metric} is measured on completions of held-out prompts, but none are held out: "
+            "set preferences.heldOut above 0"
+        )
     if gate.metric in WIN_RATES and not spec.evaluate.win_rate:
         return f"{gate.metric} is measured by a second judge: set evaluate.winRate"
     on_pairs = on_reward or gate.metric.startswith("preference")

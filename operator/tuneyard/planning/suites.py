@@ -133,16 +133,29 @@ def pattern_faults(pattern: str | None, path: str) -> Iterator[Fault]:
 def is_paired(metric: str) -> bool:
     """Return whether both models have a value of a metric for each item of a suite, as far as its
     name says: other metrics of the harness's tasks are known only once they are measured."""
-    suite, slash, own = metric.partition("/")
-    name = own.rpartition("/")[2].partition(".")[0]  # of TASK/METRIC.FILTER
-    single = name not in WHOLE and not own.startswith("base") and not own.endswith("Change")
-    return bool(suite and slash) and single
+    return "/" in metric and _is_own(metric) and is_counted(metric)
+
+
+def is_counted(metric: str) -> bool:
+    """Return whether a metric of a suite has a value for each item, or is computed from one that
+    has: the value of the model before, or the change. As far as its name says."""
+    name = metric.rpartition("/")[2]  # of SUITE/TASK/METRIC.FILTER
+    if not _is_own(metric):
+        name = name.removesuffix("Change").removeprefix("base")
+    return f"{name[:1].lower()}{name[1:]}".partition(".")[0] not in WHOLE
+
+
+def _is_own(metric: str) -> bool:
+    """Return whether a suite's metric is of the tuned model alone, and not that of the model before
+    (`baseMETRIC`) or the difference (`METRICChange`)."""
+    name = metric.rpartition("/")[2]
+    return not re.match("base[A-Z]", name) and not name.endswith("Change")
 
 
 def whole_metric_remedy(metric: str) -> str:
     """Return what to bound instead of the difference of a suite's metric that no item has."""
-    suite, _, own = metric.partition("/")
-    if own.startswith("base") or own.endswith("Change"):
+    suite = metric.partition("/")[0]
+    if not _is_own(metric):
         return f"bound {metric} with atLeast or atMost"
     return (
         f"bound {metric}Change with atLeast or atMost, or use a metric of single items of the "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 
 import numpy as np
@@ -158,6 +159,14 @@ def test_drawing_in_chunks_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> N
 def test_mcnemars_test_gives_the_known_p_values(gained: int, lost: int, p_value: float) -> None:
     assert mcnemar(gained, lost) == pytest.approx(p_value, rel=2e-3)
     assert mcnemar(lost, gained) == mcnemar(gained, lost)
+
+
+def test_mcnemars_test_of_a_hundred_thousand_flipped_items_takes_seconds() -> None:
+    """The sum of binomial coefficients, each computed by itself, takes hours."""
+    started = time.monotonic()
+    assert mcnemar(50_000, 50_000) == 1.0
+    assert 0 < mcnemar(49_000, 51_000) < 1e-9
+    assert time.monotonic() - started < 20
 
 
 def test_mcnemars_test_agrees_with_scipys_binomial_test() -> None:

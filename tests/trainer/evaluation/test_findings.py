@@ -9,6 +9,7 @@ from tuneyard_trainer.evaluation.evidence import Estimate, Interval, correlation
 from tuneyard_trainer.evaluation.findings import findings
 from tuneyard_trainer.evaluation.items import Items
 from tuneyard_trainer.evaluation.part import Found
+from tuneyard_trainer.evaluation.reward import _with_length
 
 
 def change(name: str, mean: float, deviation: float = 1.0, count: int = 64) -> Found:
@@ -81,6 +82,20 @@ def test_a_reward_that_goes_with_the_length_is_named() -> None:
     assert "They are 1.5 times as long as before training." in sentence
     assert "shorter ones are rewarded" in of(with_length(-0.7))[0]
     assert of(with_length(0.4)) == of(with_length(0.6, count=8)) == of(with_length(1.0, 3)) == []
+
+
+def test_a_reward_that_is_the_length_itself_is_named() -> None:
+    """A correlation of 1 is the clearest of all."""
+    assert "1.00 (95% interval 1 to 1)" in of(with_length(1.0))[0]
+    assert correlation_interval(1.0, 3) is None
+    lengths_N = np.array([8.0, 16.0, 32.0, 64.0])
+    for sign, which in ((1, "longer"), (-1, "shorter")):
+        found = _with_length(sign * lengths_N, lengths_N)
+        assert found.metrics["rewardLengthCorrelation"] == pytest.approx(sign)
+        (sentence,) = of(found)
+        assert (
+            f"{sign:.2f} (95% interval {sign} to {sign}) over 4 completions, so {which}" in sentence
+        )
 
 
 def test_the_interval_of_a_correlation_covers_it_in_95_of_100_simulations() -> None:

@@ -224,7 +224,7 @@ def ended(
     stage = PlannedStage(name="evaluate", settings=settings, inputs=inputs, fingerprint="sha256:0")
     reports: list[dict[str, Any]] = []
     worker = Worker(0, 1, torch.device("cpu"), report=lambda **report: reports.append(report))
-    context = StageContext(stage, {}, folder, worker)
+    context = StageContext(stage, {}, folder, worker, {"tuned": "sha256:weights"})
     try:
         return finish(context, settings.gates, metrics, [], items=found), reports
     except StageError as error:
@@ -257,6 +257,7 @@ def test_a_missed_gate_is_reported_with_every_finding_a_remedy_and_the_models_pl
     assert verdicts == ["pass", "breach", "breach"]
     written = json.loads((tmp_path / "evaluation.json").read_text())
     assert [gate["verdict"] for gate in written["gates"]] == verdicts
+    assert written["inputDigests"] == {"tuned": "sha256:weights"}, "there is no record"
 
 
 @pytest.mark.parametrize(
@@ -310,3 +311,30 @@ def test_values_that_are_not_right_or_wrong_have_no_flipped_items() -> None:
 def test_items_must_have_one_value_each() -> None:
     with pytest.raises(ValueError, match="2 items"):
         Items(("a", "b"), np.zeros(3), None, True)
+
+
+def test_a_base_loss_of_almost_only_zeros_leaves_a_reduction_without_an_interval(
+    tmp_path: Path,
+) -> None:
+    """A resample without the one row that has a loss has no ratio."""
+    loss = items([0.1] * 10, [0.0] * 9 + [2.0], higher=False, weights=np.ones(10))
+    assert loss.reduction_interval is None
+    metrics = {"lossReduction": 0.5}
+    result = judged({"metric": "lossReduction", "atLeast": 0.1}, metrics, validationLoss=loss)
+    assert (result.verdict, result.value, result.low) == ("pass", 0.5, None)
+
+
+def test_the_change_of_a_suite_and_the_value_before_have_the_items_of_its_metric() -> None:
+    found = {"sense/accuracy": answers(50, gained=5, lost=2, both=30)}
+    metrics = {"sense/accuracy": 0.7, "sense/baseAccuracy": 0.64, "sense/accuracyChange": 0.06}
+    intervals = {
+        "sense/accuracyChange": found["sense/accuracy"].difference_interval,
+        "sense/baseAccuracy": found["sense/accuracy"].base_interval,
+    }
+    for metric, interval in intervals.items():
+        gate = Gate(metric=metric, at_least=-0.02, min_items=50)
+        (result,) = judge_gates([gate], metrics, found)
+        assert (result.verdict, result.items) == ("pass", 50)
+        assert (result.low, result.high) == interval
+        more = gate.model_copy(update={"min_items": 51})
+        assert judge_gates([more], metrics, found)[0].verdict == "insufficientEvidence"

@@ -36,6 +36,11 @@ def process() -> Iterator[BoundedProcess]:
         ("1/2", "\\frac{1}{2}"),
         ("$2(x+1)$", "2x + 2"),
         ("It was 7, then 8, so the answer is -3", "-3"),
+        ("It is 0.0000001.", "1e-07"),
+        ("2.50e-3", "0.0025"),
+        ("1500", "1.5E3"),
+        ("The answer is \u22125.", "-5"),
+        ("The result is 42.\n\n#### Explanation\nWe added them.", "42"),
     ],
 )
 def test_a_final_answer_equals_a_target_as_a_number_or_an_expression(
@@ -47,6 +52,12 @@ def test_a_final_answer_equals_a_target_as_a_number_or_an_expression(
         "any of several targets is enough"
     )
     assert not numeric.compare(process, answer, ["997"]).equal
+
+
+def test_the_e_of_an_expression_stays_eulers_number(process: BoundedProcess) -> None:
+    assert numeric.compare(process, "$e - 7$", ["e - 7"]).equal
+    assert not numeric.compare(process, "$e - 7$", ["1e-07"]).equal
+    assert numeric.compare(process, "$2e$", ["2e"]).equal
 
 
 def test_an_answer_without_a_number_is_wrong_and_a_target_without_one_is_named(

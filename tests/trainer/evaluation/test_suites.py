@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import copy
+import errno
 import json
 import math
 import shutil
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from datasets.exceptions import DatasetGenerationError
+from huggingface_hub import errors as hub_errors
 from lm_eval.tasks import TaskManager
 from transformers import LlamaForCausalLM
 
@@ -144,6 +149,26 @@ def read(file: Path, limit: int | None = None) -> dict[str, choices.Choice]:
     return read_items(file, choices.parse, limit=limit, field=FIELD, expected=choices.EXPECTED)
 
 
+@pytest.mark.parametrize(
+    ("kind", "row"),
+    [
+        (choices, {"good": "ask", "bad": "as\ud83d"}),
+        (refusals, {"prompt": "ask \ud83d", "label": "safe"}),
+        (None, {"deep": {"texts": ["\udc00"]}}),
+    ],
+)
+def test_a_row_with_half_of_a_surrogate_pair_is_no_item(
+    tmp_path: Path, kind: Any, row: dict[str, Any]
+) -> None:
+    """No tokenizer takes it, and no file holds it."""
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps({"prompt": "\ud83d\ude00"}) + "\n" + json.dumps(row) + "\n")
+    with pytest.raises(StageError, match=r"rows\.jsonl row 2: a text has half of a sur") as found:
+        read_items(file, kind.parse if kind else dict, None, FIELD, "")
+    assert found.value.reason == "InvalidData"
+    assert kind is not None or "1 of 2 rows" in found.value.message
+
+
 def test_the_limit_counts_rows_from_the_first(tmp_path: Path) -> None:
     file = tmp_path / "suite.jsonl"
     rows = [{"good": f"{i} runs.", "bad": "He run."} for i in range(5)]
@@ -207,9 +232,22 @@ def test_scores_follow_truthfulqa_and_the_straight_formulas() -> None:
     assert found["probability"] == pytest.approx([0.7])
     free = choices.Choice("Q", item.options, item.right)
     assert choices.scores([free], logprobs_O)["accuracy"].tolist() == [1.0]
-    per_character = [math.log(0.2) / 3, math.log(0.5) / 5, math.log(0.3) / 2]
+    per_character = [math.log(0.2) / 2, math.log(0.5) / 4, math.log(0.3) / 1]
     assert max(per_character) == per_character[1]
     assert choices.scores([free], logprobs_O)["accuracyPerCharacter"].tolist() == [1.0]
+
+
+def test_the_length_of_an_option_is_without_the_space_before_it_as_in_the_harness() -> None:
+    """The space is the harness's target_delimiter. With it, the first option would win."""
+    row = {"question": "Why?", "choices": ["four", "eighteen"], "answer": 1}
+    logprobs_O = np.array([-10.0, -19.0])
+    assert -10 / 5 > -19 / 9
+    assert -10 / 4 < -19 / 8
+    found = choices.scores([choices.parse(row)], logprobs_O)
+    assert found["accuracyPerCharacter"].tolist() == [1.0]
+    texts = choices.Choice("", (" aaaa", "bbbbbbbb"), (True, False))  # no space of ours
+    found = choices.scores([choices.parse(row), texts], np.array([-10.0, -19.0, -10.0, -17.0]))
+    assert found["accuracyPerCharacter"].tolist() == [1.0, 1.0]
 
 
 def test_two_sentences_alone_have_no_score_by_length() -> None:
@@ -353,6 +391,37 @@ def test_the_harness_gives_each_item_the_same_score_as_choices_do(
     assert few.items["acc"].tolist() == own["accuracy"].tolist()[:2]
 
 
+def test_questions_with_choices_have_the_accuracies_of_the_harness(
+    tmp_path: Path, tiny: tuple[Any, Any]
+) -> None:
+    """As in its task ARC: a space, which is no part of a choice, stands before each."""
+    model, tokenizer = tiny
+    random = np.random.default_rng(0)
+    words = ["red", "the lamp", "a", "the button of the desk", "team", "who asks the team"]
+    rows = [
+        {
+            "question": f"Where is {words[number % 6]}?",
+            "choices": [words[i] for i in random.permutation(6)[:4]],
+            "answer": int(random.integers(4)),
+        }
+        for number in range(60)
+    ]
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "lamps.yaml").write_text(
+        f"task: lamps\ndataset_path: json\ndataset_kwargs: {{data_files: {data}}}\n"
+        "output_type: multiple_choice\ntest_split: train\n"
+        'doc_to_text: "Question: {{question}}\\nAnswer:"\n'
+        "doc_to_target: answer\ndoc_to_choice: choices\n"
+        "metric_list: [{metric: acc}, {metric: acc_norm}]\n"
+    )
+    found = harness.run_task(task(), model, tokenizer, lambda: None)
+    items = [choices.parse(row) for row in rows]
+    own = choices.scores(items, option_logprobs(items, model, tokenizer))
+    assert found.items["acc"].tolist() == own["accuracy"].tolist()
+    assert found.items["acc_norm"].tolist() == own["accuracyPerCharacter"].tolist()
+
+
 def test_the_evidence_of_a_task_holds_only_metrics_that_are_means_of_its_documents(
     tmp_path: Path, tiny: tuple[Any, Any]
 ) -> None:
@@ -367,6 +436,20 @@ def test_the_evidence_of_a_task_holds_only_metrics_that_are_means_of_its_documen
     assert found.metrics["perplexity"] > 1
     assert found.higher_is_better == {"perplexity": False, "acc": True}
     assert [*found.items] == ["acc"], "log-probabilities of documents are no perplexities"
+
+
+def test_a_model_that_diverged_has_no_accuracy_by_chance_on_a_task(
+    tmp_path: Path, tiny: tuple[Any, Any]
+) -> None:
+    """The harness takes NaN for the likeliest: the first option of each document."""
+    model, tokenizer = copy.deepcopy(tiny[0]), tiny[1]
+    with torch.no_grad():
+        model.lm_head.weight.fill_(float("nan"))
+    task_files(tmp_path)
+    with pytest.raises(StageError, match=r"lamps document \d is not a number") as failed:
+        harness.run_task(task(), model, tokenizer, lambda: None)
+    assert failed.value.reason == "TaskFailed"
+    assert "training.learningRate" in failed.value.advice
 
 
 def test_a_stop_request_ends_a_task_and_leaves_the_model_as_it_was(
@@ -392,6 +475,44 @@ def test_an_unknown_task_is_named_with_the_nearest_names(
     assert refused.value.reason == "UnknownTask"
     assert "lamps" in refused.value.message
     assert f"{FIELD}.task" in refused.value.advice
+
+
+def test_a_hub_that_cannot_reply_now_is_unavailable_and_one_that_refuses_is_a_failed_task(
+    tmp_path: Path, tiny: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such errors are OSErrors or of no class of Python, and not those of a disk."""
+    model, tokenizer = tiny
+    task_files(tmp_path)
+    hub = "https://huggingface.co/api/datasets/lamps"
+
+    def ended(error: Exception) -> Any:
+        def broken(*_: Any, **__: Any) -> Any:
+            raise error
+
+        monkeypatch.setattr("lm_eval.simple_evaluate", broken)
+        with pytest.raises(Exception) as caught:
+            harness.run_task(task(), model, tokenizer, lambda: None)
+        return caught.value
+
+    for status, reason in ((429, "SourceUnavailable"), (503, "SourceUnavailable"),
+                           (403, "TaskFailed")):  # fmt: skip
+        response = SimpleNamespace(status_code=status, headers={}, request=None)
+        error = ended(hub_errors.HfHubHTTPError(f"{status} for {hub}", response=response))
+        assert (error.reason, error.retryable) == (reason, reason == "SourceUnavailable")
+        assert str(status) in error.message
+    assert ended(type("ReadTimeout", (TransportError,), {})("slow")).reason == "SourceUnavailable"
+    built = DatasetGenerationError("An error occurred while generating the dataset")
+    assert ended(built).reason == "TaskFailed"
+    built.__cause__ = ConnectionError("reset")
+    assert ended(built).reason == "SourceUnavailable"
+    full = OSError(errno.ENOSPC, "No space left on device")
+    assert ended(full) is full, "the disk's errors stay those of the disk"
+    lost = RuntimeError("gloo: connection closed by peer")
+    assert ended(lost) is lost
+
+
+class TransportError(Exception):
+    """Stands for httpx.TransportError."""
 
 
 def test_a_task_whose_data_lack_a_column_is_named(tmp_path: Path, tiny: tuple[Any, Any]) -> None:

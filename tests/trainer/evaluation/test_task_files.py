@@ -24,6 +24,7 @@ from tuneyard.errors import StageError
 from tuneyard_trainer.evaluation import evaluate
 from tuneyard_trainer.evaluation.suites import harness, local_task, task_file
 from tuneyard_trainer.models.base import load_base, load_tokenizer
+from tuneyard_trainer.reinforcement import patterns
 from tuneyard_trainer.worker import StageContext
 
 FIELD = "spec.evaluate.suites[0].task"
@@ -277,6 +278,22 @@ def test_a_template_runs_no_code_and_ends_within_its_limits(
     assert f"{FIELD}.data.uri: " in refused.value.message
     assert "rows.jsonl row 1" in refused.value.message
     assert not marker.exists()
+
+
+def test_a_regular_expression_of_a_filter_ends_whatever_the_model_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The harness's own filter would search in exponential time, and nothing could stop it."""
+    step = {"function": "regex", "regex_pattern": "^(a+)+$", "fallback": "none"}
+    filters = [{"name": "own", "filter": [step, {"function": "take_first"}]}]
+    file, rows = written(tmp_path, {**GENERATED, "filter_list": filters})
+    task = local_task.local_task("lamps", file, rows, FIELD)()
+    (function,) = [
+        each["function"] for each in task.config.filter_list[0]["filter"] if len(each) > 1
+    ]
+    monkeypatch.setattr(patterns, "SECONDS", 0.05)
+    found = function(regex_pattern="^(a+)+$", fallback="none")
+    assert found.apply([["a" * 60 + "b"], ["aaa"]], [{}, {}]) == [["none"], ["aaa"]]
 
 
 def test_texts_of_rows_are_no_templates(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from sklearn.metrics import accuracy_score, confusion_matrix, f1_score
 from tuneyard.errors import StageError
 from tuneyard_trainer.evaluation import task_metrics
 from tuneyard_trainer.evaluation.task_metrics import OTHER, Scores
+from tuneyard_trainer.reinforcement import patterns
 
 ANSWERS = ["The cat sat on the mat.", "It is raining today", "", "Paris, of course", "a dog runs"]
 SINGLE = [
@@ -97,6 +99,34 @@ def test_json_is_valid_if_the_whole_answer_is_and_satisfies_the_schema() -> None
     assert only(metric(answers, nothing)) == [1.0, 0.0, 0.0, 0.0]
 
 
+def test_numbers_that_json_lacks_are_no_json_and_none_ends_the_measurement() -> None:
+    answers = ["NaN", '{"price": Infinity}', "-Infinity", "1e999", "1" + "0" * 400, "12.5"]
+    nothing = [[""]] * len(answers)
+    assert only(task_metrics.json_valid(answers, nothing)) == [0.0, 0.0, 0.0, 1.0, 1.0, 1.0]
+    (metric,) = task_metrics.task_metrics([], '{"type": "number", "multipleOf": 0.5}', None)
+    assert only(metric(answers, nothing))[:4] == [0.0] * 4
+    assert only(metric(answers, nothing))[-1] == 1.0
+
+
+def test_a_pattern_of_a_schema_that_takes_for_ever_is_not_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(patterns, "SECONDS", 0.05)
+    schema = json.dumps({"items": {"type": "string", "pattern": "^(a+)+$"}})
+    (metric,) = task_metrics.task_metrics([], schema, None)
+    answers = [json.dumps(["a" * 60 + "b"]), '["aaa"]', "[7]"]
+    assert only(metric(answers, [[""]] * 3)) == [0.0, 1.0, 0.0]
+
+
+def test_a_schema_that_refers_to_itself_ends_for_each_answer() -> None:
+    with pytest.raises(StageError, match=r"evaluate\.answerSchema refers to itself without end"):
+        task_metrics.task_metrics([], '{"$ref": "#"}', None)
+    tree = json.dumps({"items": {"$ref": "#"}, "type": "array"})
+    (metric,) = task_metrics.task_metrics([], tree, None)
+    deep = "[" * 900 + "]" * 900
+    assert only(metric(["[[], [[]]]", "[1]", deep], [[""]] * 3))[:2] == [1.0, 0.0]
+
+
 def test_a_broken_schema_is_refused_with_its_field() -> None:
     with pytest.raises(StageError, match=r"evaluate\.answerSchema is not a valid JSON Schema"):
         task_metrics.task_metrics([], '{"type": 3}', None)
@@ -107,7 +137,7 @@ def test_a_pattern_is_searched_and_one_that_takes_for_ever_is_not_found(
 ) -> None:
     (metric,) = task_metrics.task_metrics([], None, r"\bTN-\d{4}\b")
     assert only(metric(["It is TN-1234.", "TN-12345", ""], [[""]] * 3)) == [1.0, 0.0, 0.0]
-    monkeypatch.setattr(task_metrics, "PATTERN_SECONDS", 0.05)
+    monkeypatch.setattr(patterns, "SECONDS", 0.05)
     (metric,) = task_metrics.task_metrics([], None, r"^(a+)+$")
     assert only(metric(["a" * 60 + "b", "aaa"], [[""]] * 2)) == [0.0, 1.0]
 
@@ -129,6 +159,29 @@ def test_classes_have_the_accuracy_macro_f1_and_table_of_scikit_learn() -> None:
     table = confusion_matrix(wanted, named, labels=[*classes, OTHER])
     expected_table = {"classes": [*classes, OTHER], "counts": table[:3].tolist()}
     assert found.details == {"classification": expected_table}
+
+
+def test_an_answer_without_words_names_no_class_of_a_letter_or_a_sign() -> None:
+    """Without articles and punctuation, nothing is left of A, + and -."""
+    references = [["A"], ["A"], ["A"], ["A"], ["B"], ["+"], ["-"], ["+"]]
+    answers = ["", ".", "A", "It is A.", "b", "+", "-", "-"]
+    found = task_metrics.classification(answers, references)
+    assert only(found) == [0.0, 0.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.0]
+
+
+def test_classes_that_differ_by_case_are_one_class() -> None:
+    found = task_metrics.classification(["spam", "Spam", "ham"], [["Spam"], ["spam"], ["Ham"]])
+    assert only(found) == [1.0, 1.0, 1.0]
+    assert found.details["classification"]["classes"] == ["Ham", "Spam", OTHER]
+
+
+def test_thousands_of_classes_take_seconds_and_have_no_table() -> None:
+    names = [f"product {number}" for number in range(1500)]
+    started = time.monotonic()
+    found = task_metrics.classification([f"It is {name}." for name in names], [[n] for n in names])
+    assert time.monotonic() - started < 60
+    assert found.whole["macroF1"] == 1.0
+    assert found.details == {}
 
 
 def test_an_answer_names_a_class_if_it_equals_it_or_contains_no_other() -> None:

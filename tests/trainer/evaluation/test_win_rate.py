@@ -11,19 +11,28 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.trainer.evaluation.measuring import ALONE, alignment_stage
 from tests.trainer.judge_server import QUESTION, Answer, JudgeServer, answers_of, completion
 from tests.trainer.speaking import share_of, write_prompts
-from tuneyard.api.plan import Plan
+from tuneyard.api.plan import Plan, TrainRuntime
+from tuneyard.api.stage_settings import JudgeSettings, WinRateSettings
 from tuneyard.errors import StageError
 from tuneyard.manifests.manifest import read
 from tuneyard.planning.plan import plan_job
 from tuneyard_trainer.data.prompts import Prompt
+from tuneyard_trainer.data.sharing import SharedStage
 from tuneyard_trainer.evaluation.length_controlled import LengthControlled, length_controlled
-from tuneyard_trainer.evaluation.part import Answered
-from tuneyard_trainer.evaluation.win_rate import at_equal_length, make_pairs, win_rate_metrics
+from tuneyard_trainer.evaluation.part import Answered, Found
+from tuneyard_trainer.evaluation.win_rate import (
+    WinRate,
+    at_equal_length,
+    make_pairs,
+    win_rate_metrics,
+)
 from tuneyard_trainer.judging.judges import Verdict
 from tuneyard_trainer.reinforcement import rewards
 from tuneyard_trainer.running import torchrun
+from tuneyard_trainer.worker import StageContext
 
 
 def verdicts(*outcomes: Any) -> list[Verdict]:
@@ -80,6 +89,46 @@ def test_the_win_rate_at_equal_length_is_that_of_the_judged_prompts_and_of_ties(
     assert result.metrics["lengthControlledWinRate"] == expected.win_rate
     assert result.estimates["lengthControlledWinRate"].items == 49
     assert result.metrics["judgeLengthEffect"] == expected.length_effect
+
+
+# ---- judgments that are missing -----------------------------------------------------------------
+
+
+def rated(folder: Path, tuned: list[str], respond: Any, most: int | None = None) -> Found:
+    """Let a judge compare completions with "same". `most`: its budget in requests."""
+    judge = JudgeSettings(model="judge-2", max_requests=most, max_tokens=None, label_tokens=8)
+    settings = WinRateSettings(judge=judge, principles=["be kind"], question=QUESTION)
+    prompts = [Prompt(({"role": "user", "content": f"{n}?"},), f"row {n}") for n in range(30)]
+    answered = Answered(prompts[: len(tuned)], tuned, ["same"] * len(tuned), np.ones(len(tuned)))
+    with JudgeServer(respond) as server, SharedStage(ALONE) as shared:
+        runtime = TrainRuntime(endpoint=server.settings(concurrency=1))
+        stage = alignment_stage().model_copy(update={"runtime": runtime})
+        context = StageContext(stage, {}, folder, ALONE)
+        return WinRate(context, shared, settings, seed=1).rate(answered)
+
+
+def test_without_a_judged_pair_there_is_no_win_rate_at_equal_length_either(
+    tmp_path: Path,
+) -> None:
+    """The judge decides in one order alone; the 25 equal pairs are ties that it never saw."""
+    tuned = [f"new {n}" if n < 5 else "same" for n in range(30)]
+    found = rated(tmp_path, tuned, lambda _, number: completion("A" if number % 2 else "maybe"))
+    assert found.metrics["judgedPairs"] == 0
+    assert {"winRate", "lengthControlledWinRate"}.isdisjoint(found.metrics)
+    assert not found.estimates
+
+
+def test_a_spent_budget_is_told_and_fails_if_it_was_too_small_for_one_pair(
+    tmp_path: Path,
+) -> None:
+    tuned = [f"new {n}" for n in range(4)]
+    found = rated(tmp_path / "some", tuned, fewer_a, most=2)
+    assert (found.metrics["judgedPairs"], found.metrics["budgetSpent"]) == (1.0, 1.0)
+    found = rated(tmp_path / "all", tuned, fewer_a, most=8)
+    assert (found.metrics["judgedPairs"], found.metrics["budgetSpent"]) == (4.0, 0.0)
+    with pytest.raises(StageError, match="before any of 4 pairs was judged") as caught:
+        rated(tmp_path / "none", tuned, fewer_a, most=1)
+    assert caught.value.reason == "BudgetSpent"
 
 
 # ---- a job ------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -189,6 +190,16 @@ def test_label_probabilities_come_from_the_log_probabilities() -> None:
 
 def test_without_log_probabilities_the_label_comes_from_the_text() -> None:
     with JudgeServer(lambda _body, _number: completion("Answer: B")) as server:
+        (found,) = replies_of(server.settings())
+    assert (found.probability, found.mass) == (0.0, None)
+
+
+def test_with_a_log_probability_that_is_nan_the_label_comes_from_the_text() -> None:
+    """Python reads NaN in JSON; as a probability of 1 it would win against the text's own label."""
+    labels = {"B": 0.4, "A": 0.1}
+    reply = completion("B", labels)
+    reply.body["choices"][0]["logprobs"]["content"][0]["top_logprobs"][1]["logprob"] = math.nan
+    with JudgeServer(lambda _body, _number: reply) as server:
         (found,) = replies_of(server.settings())
     assert (found.probability, found.mass) == (0.0, None)
 

@@ -97,10 +97,12 @@ def bootstrap_interval(
 
 def correlation_interval(correlation: float, count: int) -> Interval | None:
     """Return the 95% interval of Pearson's correlation of `count` pairs of values (Fisher 1921: it
-    is symmetric in the inverse hyperbolic tangent). None: fewer than 4 pairs, or all are on a
-    line."""
-    if count < 4 or abs(correlation) >= 1:
+    is symmetric in the inverse hyperbolic tangent). It has no width if all pairs are on a line.
+    None: fewer than 4 pairs."""
+    if count < 4:
         return None
+    if abs(correlation) >= 1:
+        return Interval(math.copysign(1, correlation), math.copysign(1, correlation))
     center, half = math.atanh(correlation), QUANTILE / math.sqrt(count - 3)
     return Interval(math.tanh(center - half), math.tanh(center + half))
 
@@ -163,5 +165,8 @@ def mcnemar(gained: int, lost: int) -> float:
     `gained`: items that only the tuned model has right; `lost`: only the base model. 1: none.
     """
     flipped, fewer = gained + lost, min(gained, lost)
-    tail = sum(math.comb(flipped, k) for k in range(fewer + 1))
+    ways = tail = 1  # of no flip in the rarer direction
+    for k in range(fewer):
+        ways = ways * (flipped - k) // (k + 1)
+        tail += ways
     return min(1.0, 2 * tail / 2**flipped)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from tuneyard.api.evaluation import Gate
+from tuneyard.api.evaluation import Gate, prefixed
 from tuneyard.api.gates import VERDICT_WORDS, GateResult, Verdict
 from tuneyard.errors import StageError
 from tuneyard_trainer.evaluation.evidence import Estimate, Interval
@@ -111,25 +111,39 @@ def _judged_difference(gate: Gate, value: float, margin: float, items: Items | N
 
 def _count(metric: str, items: Mapping[str, Items]) -> int | None:
     """Return the items that a metric is measured on. None: unknown."""
-    found = items.get(_items_metric(metric))
+    found = items.get(_items_metric(metric, items))
     return None if found is None else len(found)
 
 
-def _items_metric(metric: str) -> str:
+def _items_metric(metric: str, items: Mapping[str, Items]) -> str:
     """Return the metric whose items a metric is computed from."""
     of_loss = dict.fromkeys(("validationPerplexity", "lossReduction"), "validationLoss")
-    return {**of_loss, **GAINS}.get(metric, metric)
+    of_suites = {**_changes(items), **_bases(items)}
+    return {**of_loss, **GAINS, **of_suites}.get(metric, metric)
+
+
+def _changes(items: Mapping[str, Items]) -> dict[str, str]:
+    """Return the metrics of suites that are a difference, SUITE/METRICChange, with their own
+    metric."""
+    return {f"{metric}Change": metric for metric in items if "/" in metric}
+
+
+def _bases(items: Mapping[str, Items]) -> dict[str, str]:
+    """Return the metrics of suites on the model before, SUITE/baseMETRIC, with their own metric."""
+    return {prefixed("base", metric): metric for metric in items if "/" in metric}
 
 
 def _value_interval(metric: str, items: Mapping[str, Items]) -> Interval | None:
-    """Return the 95% interval of the tuned model's value. None: unknown."""
-    found = items.get(_items_metric(metric))
+    """Return the 95% interval of a metric's value. None: unknown."""
+    found = items.get(_items_metric(metric, items))
     if found is None:
         return None
     if metric == "lossReduction":
         return found.reduction_interval
-    if metric in GAINS:
+    if metric in GAINS or metric in _changes(items):
         return found.difference_interval
+    if metric in _bases(items):
+        return found.base_interval
     interval = found.value_interval
     if metric == "validationPerplexity" and interval is not None:
         return Interval(*(math.exp(min(end, 700.0)) for end in interval))

@@ -82,12 +82,15 @@ class Items:
 
     @cached_property
     def reduction_interval(self) -> Interval | None:
-        """The 95% interval of 1 - (mean of tuned) / (mean of base). None: it is not known."""
-        if self.base_N is None or not self.is_usable or not (self.base_N > 0).any():
+        """The 95% interval of 1 - (mean of tuned) / (mean of base). None: it is not known, such as
+        where the base has so few values above 0 that a resample may have none."""
+        if self.base_N is None or not self.is_usable:
             return None
-        return ratio_interval(
-            (self.base_N - self.tuned_N) * self._weights, self.base_N * self._weights
-        )
+        with np.errstate(divide="ignore", invalid="ignore"):
+            found = ratio_interval(
+                (self.base_N - self.tuned_N) * self._weights, self.base_N * self._weights
+            )
+        return found if np.isfinite(found).all() else None
 
     def mean(self, values_N: NDArray[np.float64]) -> float:
         """Return the mean over the items, of which there must be some."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from decimal import Decimal
 from typing import Any
 
 from tuneyard_trainer.evaluation.bounded_child import serve
@@ -14,6 +15,15 @@ _MATH = re.compile(r"\$|\\boxed|\\\(|\\\[")
 _COMMAND = re.compile(r"\\[A-Za-z]+")
 _WORD = re.compile(r"[A-Za-z]{2,}")
 _SYMBOL = re.compile(r"[A-Za-z\\^]")
+_SCIENTIFIC = re.compile(r"(?<![\w.])\d+(?:\.\d+)?[eE][+-]?\d{1,2}(?!\w)")
+_MINUS = "\u2212"
+
+
+def plain(text: str) -> str:
+    """Return a text with numbers as math-verify reads them: 0.0000001 for 1e-07, whose e it takes
+    for Euler's number, and a hyphen for the minus sign of Unicode."""
+    text = text.replace(_MINUS, "-")
+    return _SCIENTIFIC.sub(lambda found: format(Decimal(found[0]), "f"), text)
 
 
 def final(text: str) -> str:
@@ -35,8 +45,10 @@ def compare(answer: str, targets: list[str]) -> dict[str, Any]:
     """Return whether the final answer equals any target, and whether every target is readable."""
     from math_verify import parse, verify
 
-    golds = [parse(target_text(target), parsing_timeout=None) for target in targets]
-    given = parse(final(answer), parsing_timeout=None)
+    golds = [parse(target_text(plain(target)), parsing_timeout=None) for target in targets]
+    answer = plain(answer)
+    # A heading of Markdown begins with the mark too.
+    given = parse(final(answer), parsing_timeout=None) or parse(answer, parsing_timeout=None)
     equal = any(verify(gold, given, timeout_seconds=None) for gold in golds if gold)
     return {"equal": equal, "readable": all(golds)}
 

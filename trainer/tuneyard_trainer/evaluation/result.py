@@ -51,7 +51,7 @@ def finish(
     }
     values = {metric: found.values() for metric, found in items.items()}
     file = context.workdir / EVALUATION
-    result = {"metrics": metrics, **shown, "items": values}
+    result = {"metrics": metrics, "inputDigests": context.digests, **shown, "items": values}
     result["answers"] = [answer.to_json() for answer in answers[:MAX_ITEMS]]
     result |= {"suiteAnswers": suite_answers} if suite_answers else {}
     file.write_text(json.dumps(result, indent=2, ensure_ascii=False))

@@ -6,26 +6,25 @@ answers together, such as BLEU, is a `whole`. Shapes: N answers.
 
 from __future__ import annotations
 
-import json
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
-import regex
 from numpy.typing import NDArray
 
 from tuneyard.api.answer_metrics import AnswerMetric
 from tuneyard_trainer.evaluation import numeric
 from tuneyard_trainer.evaluation.items import Items
-from tuneyard_trainer.reinforcement.rewards import JsonSchema
+from tuneyard_trainer.reinforcement.patterns import Pattern
+from tuneyard_trainer.reinforcement.rewards import JsonSchema, parsed_json
 from tuneyard_trainer.reporting.answers import is_right
 
-PATTERN_SECONDS = 1.0
-"""The longest search for a pattern in one answer, which is then not found: some patterns take
-exponential time."""
+MAX_CLASSES = 200
+"""The most classes of which the record has a table."""
 OTHER = "(other)"
 """The class of an answer that names no class, or several."""
 
@@ -95,6 +94,7 @@ class Compared:
 # ---- words --------------------------------------------------------------------------------------
 
 
+@lru_cache(maxsize=1 << 12)  # classes and references come again for each answer
 def normalized(text: str) -> str:
     """Return a text without case, punctuation, the articles a, an and the, and repeated white
     space, as SQuAD's metric does (Rajpurkar et al. 2016, arXiv:1606.05250)."""
@@ -103,7 +103,7 @@ def normalized(text: str) -> str:
 
 
 _PUNCTUATION = frozenset("!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~")
-_ARTICLE = regex.compile(r"\b(a|an|the)\b")
+_ARTICLE = re.compile(r"\b(a|an|the)\b")
 
 
 def exact_match(answers: Sequence[str], references: References) -> Scores:
@@ -201,7 +201,7 @@ def json_valid(answers: Sequence[str], _references: References) -> Scores:
 
 def _is_json(text: str) -> bool:
     try:
-        json.loads(text)
+        parsed_json(text)
     except (ValueError, RecursionError):
         return False
     return True
@@ -212,19 +212,9 @@ def schema_valid(schema: JsonSchema, answers: Sequence[str], _references: Refere
     return _mean("schemaValid", [float(schema.accepts(answer)) for answer in answers])
 
 
-def pattern_match(
-    pattern: regex.Pattern[str], answers: Sequence[str], _references: References
-) -> Scores:
-    """Return whether a pattern is found in each answer. A search that takes longer than
-    PATTERN_SECONDS finds nothing."""
-
-    def found(answer: str) -> bool:
-        try:
-            return pattern.search(answer, timeout=PATTERN_SECONDS) is not None
-        except TimeoutError:
-            return False
-
-    return _mean("patternMatch", [float(found(answer)) for answer in answers])
+def pattern_match(pattern: Pattern, answers: Sequence[str], _references: References) -> Scores:
+    """Return whether a pattern is found in each answer."""
+    return _mean("patternMatch", [float(pattern.is_in(answer)) for answer in answers])
 
 
 # ---- classes ------------------------------------------------------------------------------------
@@ -234,16 +224,19 @@ def classification(answers: Sequence[str], references: References) -> Scores:
     """Return whether each answer names its class, the mean F1 of the classes, and the table of
     classes (rows) and named classes (columns).
 
-    The classes are the first references. An answer names a class that it equals after
-    `normalized`, or else the only one whose words it contains, apart from classes whose words are a
-    part of that one's.
+    The classes are the first references, of which those that differ by case alone are one. An
+    answer names a class that it equals, or equals after `normalized`, or else the only one whose
+    words it contains, apart from classes whose words are a part of that one's. The table is left
+    out with more than MAX_CLASSES classes: its size is their number squared.
     """
-    wanted = [accepted[0].strip() for accepted in references]
+    spelled: dict[str, str] = {}
+    texts = [accepted[0].strip() for accepted in references]
+    wanted = [spelled.setdefault(text.casefold(), text) for text in texts]
     classes = sorted({*wanted})
     named = [_class_of(answer, classes) for answer in answers]
-    columns = [*classes, OTHER]
     counts = Counter(zip(wanted, named, strict=True))
-    scores = [_f1_of_class(each, wanted, named) for each in classes]
+    rows, columns = Counter(wanted), Counter(named)
+    scores = [2 * counts[each, each] / (rows[each] + columns[each]) for each in classes]
     return Scores(
         means={
             "classAccuracy": np.array(
@@ -251,17 +244,22 @@ def classification(answers: Sequence[str], references: References) -> Scores:
             )
         },
         whole={"macroF1": float(np.mean(scores))},
-        details={
-            "classification": {
-                "classes": columns,
-                "counts": [[counts[row, column] for column in columns] for row in classes],
-            }
-        },
+        details={"classification": _table(classes, counts)} if len(classes) <= MAX_CLASSES else {},
     )
 
 
+def _table(classes: Sequence[str], counts: Mapping[tuple[str, str], int]) -> dict[str, Any]:
+    """Return the table of classes (rows) and named classes (columns), as JSON."""
+    columns = [*classes, OTHER]
+    table = [[counts.get((row, column), 0) for column in columns] for row in classes]
+    return {"classes": columns, "counts": table}
+
+
 def _class_of(answer: str, classes: Sequence[str]) -> str:
-    equal = [each for each in classes if normalized(each) == normalized(answer)]
+    text = answer.strip().casefold()
+    equal = [each for each in classes if each.casefold() == text]
+    if not equal and (words := normalized(answer)):  # "A" and "+" have none
+        equal = [each for each in classes if normalized(each) == words]
     found = equal or [each for each in classes if is_right(answer, [each])]
     # "not spam" contains the words of "spam" too.
     longest = [
@@ -270,12 +268,6 @@ def _class_of(answer: str, classes: Sequence[str]) -> str:
         if not any(is_right(other, [each]) for other in found if other != each)
     ]
     return longest[0] if len(longest) == 1 else OTHER
-
-
-def _f1_of_class(name: str, wanted: Sequence[str], named: Sequence[str]) -> float:
-    """Return the F1 of one class, which occurs in `wanted`."""
-    both = sum(name == of == found for of, found in zip(wanted, named, strict=True))
-    return 2 * both / (wanted.count(name) + named.count(name))
 
 
 # ---- numbers ------------------------------------------------------------------------------------
@@ -316,7 +308,7 @@ def task_metrics(
         parsed = JsonSchema.parsed(schema, f"{field}.answerSchema")
         found.append(partial(schema_valid, parsed))
     if pattern is not None:
-        found.append(partial(pattern_match, regex.compile(pattern)))
+        found.append(partial(pattern_match, Pattern(pattern)))
     return found
 
 

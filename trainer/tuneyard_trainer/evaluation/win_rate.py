@@ -56,11 +56,15 @@ class WinRate:
         found = (verdict(straight, swapped, "drop") for straight, swapped in replies)
         verdicts = dict(zip(pairs, found, strict=True))
         metrics = win_rate_metrics(list(verdicts.values()), len(completed) - len(pairs))
+        if "winRate" not in metrics and session.budget.exhausted:
+            raise session.budget_spent(f"any of {len(pairs)} pairs was judged")
         own = Found(
-            {**metrics, **session.tally.metrics()},
+            {**metrics, **session.metrics()},
             items={"winRate": win_items(answered, verdicts)} if "winRate" in metrics else {},
             details={"judge": judge_name(self.context.stage, settings.judge)},
         )
+        if "winRate" not in metrics:
+            return own  # there is no judgment whose dependence on length could be told
         return Found.merged([own, at_equal_length(answered, verdicts)])
 
 

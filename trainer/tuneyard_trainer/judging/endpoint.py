@@ -325,12 +325,16 @@ def _positions(logprobs: Any) -> list[tuple[str, float, float]]:
 
 
 def _masses(top: Any) -> tuple[float, float]:
-    """Return the probabilities of A and B at one position, each summed over its spellings."""
+    """Return the probabilities of A and B at one position, each summed over its spellings. Raises
+    ValueError for a log-probability that is NaN."""
     mass = dict.fromkeys(LABELS, 0.0)
     for candidate in top:
         token = _bare(candidate["token"])
         if token in mass:
-            mass[token] += math.exp(min(0.0, float(candidate["logprob"])))
+            logprob = float(candidate["logprob"])
+            if math.isnan(logprob):  # `min` would take it for 0
+                raise ValueError("a log-probability is NaN")
+            mass[token] += math.exp(min(0.0, logprob))
     return mass["A"], mass["B"]
 
 

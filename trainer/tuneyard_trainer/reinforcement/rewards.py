@@ -7,8 +7,9 @@ cannot be scored is never scored 0. Shapes: N completions, L tokens, H hidden si
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, Self
 
@@ -28,6 +29,7 @@ from tuneyard_trainer.data.reading.conversations import Message
 from tuneyard_trainer.generation.batches import length_batches
 from tuneyard_trainer.models import base, reward_models
 from tuneyard_trainer.models.files import context_length, first_line
+from tuneyard_trainer.reinforcement.patterns import Pattern
 
 BATCH_SIZE = 64
 """Completions in one forward pass of a reward model, which needs no key-value cache."""
@@ -195,6 +197,7 @@ class JsonSchema:
             schema = json.loads(text)
             kind = jsonschema.validators.validator_for(schema, jsonschema.Draft202012Validator)
             kind.check_schema(schema)
+            kind = jsonschema.validators.extend(kind, {"pattern": _pattern})
         except (ValueError, RecursionError, jsonschema.SchemaError) as error:
             raise StageError(
                 "BadSchema",
@@ -202,7 +205,9 @@ class JsonSchema:
                 advice=f"Correct {path}.",
             ) from error
         # An empty registry: a schema's "$ref" must never fetch anything from the network.
-        return cls(kind(schema, registry=referencing.Registry()), path)
+        found = cls(kind(schema, registry=referencing.Registry()), path)
+        _require_end(found)
+        return found
 
     def __call__(self, attempts: Sequence[Attempt]) -> Tensor:
         return torch.tensor([float(self.accepts(attempt.completion)) for attempt in attempts])
@@ -211,17 +216,53 @@ class JsonSchema:
         """Return whether a whole completion is JSON that the schema accepts. Raises StageError
         BadSchema for a reference to another schema."""
         try:
-            value = json.loads(completion)
+            value = parsed_json(completion)
         except (ValueError, RecursionError):
             return False
         try:
             return bool(self.validator.is_valid(value))
+        except (OverflowError, RecursionError):  # of a number beyond float64, of a deep value
+            return False
         except referencing.exceptions.Unresolvable as error:
             raise StageError(
                 "BadSchema",
                 f"{self.path} has a reference to another schema: {error}.",
                 advice='Put the referenced schema into it, under "$defs".',
             ) from error
+
+
+def _require_end(schema: JsonSchema) -> None:
+    """Raise StageError BadSchema if a schema refers to itself whatever the value is."""
+    try:
+        schema.validator.is_valid(None)
+    except referencing.exceptions.Unresolvable:
+        return  # `accepts` names the reference, if a completion needs it
+    except RecursionError as error:
+        raise StageError(
+            "BadSchema",
+            f"{schema.path} refers to itself without end.",
+            advice=f'Correct the "$ref" of {schema.path}.',
+        ) from error
+
+
+def _pattern(validator: Any, pattern: str, instance: Any, _schema: Any) -> Iterator[Any]:
+    """Yield the fault of a text in which a pattern is not found. The search of jsonschema may not
+    end."""
+    if validator.is_type(instance, "string") and not _compiled(pattern).is_in(instance):
+        yield jsonschema.ValidationError(f"{pattern} is not found")
+
+
+_compiled = cache(Pattern)
+
+
+def parsed_json(text: str) -> Any:
+    """Return the value of JSON. Raises ValueError for other text, such as NaN and Infinity, which
+    Python would read, and RecursionError for deep values."""
+    return json.loads(text, parse_constant=_refuse_constant)
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no number of JSON")
 
 
 # ---- reward models ------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Sequence
+from functools import lru_cache
 
 _ARTICLES = frozenset(("a", "an", "the"))
 _SEPARATOR = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
@@ -41,7 +42,8 @@ def _contains(completion: str, text: str) -> bool:
     return any(words[at : at + count] == wanted for at in range(len(words) - count + 1))
 
 
-def _words(text: str) -> list[str]:
+@lru_cache(maxsize=1 << 12)  # an answer is searched for each class
+def _words(text: str) -> Sequence[str]:
     folded = unicodedata.normalize("NFKC", text).casefold().replace("\u2212", "-")
     spaced = "".join(char if _is_kept(char) else " " for char in _SEPARATOR.sub("", folded))
     return _WORD.findall(spaced)

@@ -237,7 +237,7 @@ def scores(
             for values in found.values():
                 values.append(0.0)
             continue
-        lengths = np.array([len(option) for option in item.options])
+        lengths = np.array([_characters(item, option) for option in item.options])
         found["accuracy"].append(_is_right(item, logprobs))
         found["accuracyPerCharacter"].append(_is_right(item, logprobs / lengths))
         odds = np.exp(logprobs - logprobs.max())
@@ -245,6 +245,12 @@ def scores(
     if not any(item.context for item in items):
         del found["accuracyPerCharacter"]
     return {name: np.array(values) for name, values in found.items()}
+
+
+def _characters(item: Choice, option: str) -> int:
+    """Return the length of an option without the space after its context, as acc_norm of
+    lm-evaluation-harness counts it: there this space is the task's delimiter."""
+    return len(option.removeprefix(" ") if item.context else option)
 
 
 def _is_right(item: Choice, values: NDArray[np.float64]) -> float:

@@ -102,12 +102,11 @@ def run_task(
             )
     except (StageError, MemoryError):
         raise
-    except (ConnectionError, TimeoutError) as error:
-        raise _unreachable(task, error) from error
-    except (ValueError, KeyError, AssertionError, FileNotFoundError, TypeError) as error:
-        # Each task has its own faults: missing columns, broken templates, data not on the hub.
+    except Exception as error:
         if _is_offline(error):
             raise _unreachable(task, error) from error
+        if not isinstance(error, _faults()):
+            raise
         raise StageError(
             "TaskFailed",
             f"{task.field}: lm-evaluation-harness cannot run the task {task.name}: "
@@ -120,7 +119,29 @@ def run_task(
         hook.remove()
     if found is None:  # another worker of a sharded model returns the result
         return TaskResult({}, {}, {}, {}, {})
+    _require_numbers(task, found.get("samples", {}))
     return _result(task, found)
+
+
+def _require_numbers(task: Task, samples: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+    """Raise StageError TaskFailed for a log-probability that is NaN: the harness takes it for the
+    likeliest, so that a model that diverged would have the accuracy of chance. `samples`: the
+    documents of each task."""
+    for name, documents in samples.items():
+        for document in documents:
+            if _has_nan(document.get("resps")):
+                raise StageError(
+                    "TaskFailed",
+                    f"{task.field}: a log-probability of {name} document {document['doc_id']} is "
+                    "not a number.",
+                    advice="The model has diverged: lower training.learningRate.",
+                )
+
+
+def _has_nan(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return any(_has_nan(each) for each in value)
+    return isinstance(value, float) and math.isnan(value)
 
 
 def _require_known(task: Task, known: list[str]) -> None:
@@ -136,18 +157,34 @@ def _require_known(task: Task, known: list[str]) -> None:
     )
 
 
+def _faults() -> tuple[type[Exception], ...]:
+    """Return the errors of a task itself: missing columns, broken templates, data that is not on
+    the hub or must not be read there."""
+    from datasets.exceptions import DatasetsError
+    from huggingface_hub.errors import HfHubHTTPError
+
+    own = (ValueError, KeyError, AssertionError, FileNotFoundError, TypeError)
+    return (*own, DatasetsError, HfHubHTTPError)
+
+
 def _is_offline(error: BaseException) -> bool:
-    """Return whether an error, or one that it comes from, is of a hub that cannot be reached."""
+    """Return whether an error, or one that it comes from, is of a hub that cannot be reached or
+    that cannot reply now."""
     seen: BaseException | None = error
     while seen is not None:
-        if isinstance(seen, ConnectionError) or type(seen).__name__ in (
-            "ConnectError",
-            "LocalEntryNotFoundError",
-            "OfflineModeIsEnabled",
-        ):
+        if isinstance(seen, (ConnectionError, TimeoutError)) or _is_of_hub(seen):
             return True
         seen = seen.__cause__ or seen.__context__
     return False
+
+
+def _is_of_hub(error: BaseException) -> bool:
+    """Return whether an error is of a request that failed on the way, or that the hub refuses for
+    now."""
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    status = getattr(getattr(error, "response", None), "status_code", 0)
+    refused = "HfHubHTTPError" in kinds and (status in (408, 429) or status >= 500)
+    return refused or bool(kinds & {"TransportError", "LocalEntryNotFoundError"})
 
 
 def _unreachable(task: Task, error: BaseException) -> StageError:

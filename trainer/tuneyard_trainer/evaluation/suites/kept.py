@@ -109,7 +109,7 @@ class KeptSuite:
             if error.message.startswith(where):  # of another worker, which has named the suite
                 raise
             raise error.with_message(f"{where}: {error.message}{done}") from error
-        except (ValueError, TypeError, LookupError, ArithmeticError) as error:
+        except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError) as error:
             raise StageError(
                 "SuiteFailed",
                 f"{where}: {type(error).__name__}: {first_line(error)}.{done}",

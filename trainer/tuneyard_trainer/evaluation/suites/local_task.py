@@ -17,6 +17,7 @@ from tuneyard_trainer.data.reading.stream import FAULTS_SHOWN
 from tuneyard_trainer.evaluation.bounded import BoundedProcess
 from tuneyard_trainer.evaluation.suites.rows import read_items
 from tuneyard_trainer.evaluation.suites.task_file import TaskFile, read_task_file
+from tuneyard_trainer.reinforcement.patterns import Pattern
 
 ROW_SECONDS = 5.0
 """The longest rendering of one row. It takes microseconds."""
@@ -130,13 +131,43 @@ def _place(target: Any, choices: Any) -> int:
     )
 
 
+def _regex_filter(**settings: Any) -> Any:
+    """Return the filter `regex` of the harness, which itself would search without an end."""
+    from lm_eval.filters.extraction import RegexFilter
+
+    found = RegexFilter(**settings)
+    found.regex = Pattern(found.regex_pattern)
+    return found
+
+
+def _filters(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the filters of a task, if it has any."""
+    functions = {"regex": _regex_filter}
+    return {
+        key: [
+            {
+                **each,
+                "filter": [
+                    {**step, "function": functions.get(step["function"], step["function"])}
+                    for step in each["filter"]
+                ],
+            }
+            for each in value
+        ]
+        for key, value in config.items()
+        if key == "filter_list"
+    }
+
+
 def _configured(name: str, task: TaskFile, columns: Columns) -> Any:
     from datasets import Dataset
     from lm_eval.api.task import ConfigurableTask
 
     data = Dataset.from_dict(dict(columns))
+    own = task.config()
     config = {
-        **task.config(),
+        **own,
+        **_filters(own),
         "task": name,
         "custom_dataset": lambda **_: {SPLIT: data},
         "test_split": SPLIT,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -102,6 +103,10 @@ def text_of(row: Mapping[str, Any], *names: str) -> str | None:
 def _columns(row: Row) -> Mapping[str, Any]:
     if isinstance(row.value, BrokenRow):
         raise RowError(row.value.reason, row.value.fault)
+    try:
+        json.dumps(row.value, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError as error:  # neither a tokenizer nor a file takes it
+        raise RowError("a text has half of a surrogate pair", "UnreadableRow") from error
     return row.value
 
 
