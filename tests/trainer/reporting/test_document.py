@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
-from tests.trainer.finished import MANIFEST, folders
-from tuneyard.api.report import VERSION, Comparison, JobReport
+from tests.trainer.finished import MANIFEST, folders, record
+from tuneyard.api.evaluation import prefixed
+from tuneyard.api.report import VERSION, Comparison, Forgetting, JobReport
+from tuneyard.api.suites import KINDS
 from tuneyard_trainer.reporting import report, words
 from tuneyard_trainer.reporting.comparisons import comparisons
 from tuneyard_trainer.reporting.differing import differing
@@ -197,6 +199,48 @@ def test_jobs_among_the_sources_are_parents(tmp_path: Path) -> None:
     assert sources == {"model": "sha256:base", "train.0": "sha256:rows"}
 
 
+def written(folder: Path, stage: str, kind: str, inputs: dict[str, str], **details: Any) -> None:
+    """Write the record of a stage that took an hour, before the others."""
+    (folder / stage).mkdir()
+    value = record(kind, {"peakMemoryBytes": 2.0**30, "trainingSeconds": 3600.0}, **details)
+    changes = {"stage": stage, "input_digests": inputs, "digest": f"sha256:{stage}",
+               "started_at": "2025-12-31T00:00:00Z"}  # fmt: skip
+    text = value.model_copy(update=changes).model_dump_json(by_alias=True)
+    (folder / stage / "record.json").write_text(text)
+
+
+def test_all_stages_of_the_run_are_counted_and_none_of_an_earlier_one(tmp_path: Path) -> None:
+    inputs, stages = evaluated(tmp_path), tmp_path / "stages"
+    read = {"reward": "sha256:reward", "model": "sha256:base", "train.0": "sha256:rows"}
+    path = inputs["tuned"] / "record.json"
+    value = json.loads(path.read_text())
+    path.write_text(json.dumps(value | {"inputDigests": read}))
+    written(stages, "reward", "reward", {"pairs": "sha256:pairs"})
+    written(stages, "pairs", "pairs", {"preferences.0": "sha256:other"})
+    written(stages, "old", "reward", {"model": "sha256:base"})  # read by no stage of the run
+    found = reported(tmp_path, inputs)
+    assert {each.name for each in found.stages} == {"prepare", "sft", "evaluate", "reward", "pairs"}
+    assert found.seconds == sum(each.seconds for each in found.stages) > 7200
+    memory = {each.stage: each.measured_bytes for each in found.memory}
+    assert memory == {"reward": 2**30, "sft": 1610612736}
+    assert found.ledger == []  # of the data of the result alone
+
+
+@pytest.mark.parametrize("searched", ["sha256:rows", "sha256:earlier"])
+def test_items_of_suites_in_the_training_data_are_a_warning_of_the_report(
+    tmp_path: Path, searched: str
+) -> None:
+    leak = {"item": "a.jsonl row 1", "training": "train.jsonl row 2", "span": "which lamp"}
+    leaks = {"items": 1, "checked": 9, "examples": [leak]}
+    inputs = evaluated(tmp_path)
+    written(tmp_path / "stages", "leaks", "leaks", {"train.0": searched}, leaks=leaks)
+    found = reported(tmp_path, inputs)
+    said = [each for each in found.warnings if "1 of 9 items of suites have text" in each]
+    assert bool(said) == (searched == "sha256:rows")
+    card = (tmp_path / "result/README.md").read_text("utf-8")
+    assert ("items of suites" in card) == bool(said)
+
+
 def test_a_job_that_measured_nothing_says_so(tmp_path: Path) -> None:
     inputs = folders(tmp_path / "stages", lines=[])
     for role in ("evaluation", "tuned"):
@@ -230,6 +274,53 @@ def test_tuning_was_worth_it_if_it_clearly_beats_examples_in_the_prompt(
         "Better: answers right rose from 25 % to 75 %.",
         "Nothing got clearly worse.",
     ]
+
+
+@pytest.mark.parametrize(
+    ("metric", "base", "tuned", "interval", "sentence"),
+    [
+        ("exactMatch", 0.501, 0.504, [0.001, 0.005], "exact match rose from 50.1 % to 50.4 %"),
+        ("validationLoss", 1.00012, 1.00011, [-2e-5, -1e-6],
+         "held-out loss fell from 1.00012 to 1.00011"),
+        ("exactMatch", 0.5, 0.504, [-0.1, 0.2], "exact match stayed at 50 %"),
+    ],
+)  # fmt: skip
+def test_a_clear_difference_is_not_said_to_be_none(
+    metric: str, base: float, tuned: float, interval: list[float], sentence: str
+) -> None:
+    metrics = {metric: tuned, prefixed("base", metric): base}
+    each = compared(metrics, {metric: {"differenceInterval": interval}})
+    found = words.summary([each], [], None, None)
+    clear = interval[0] > 0 or interval[1] < 0
+    assert f"{'Better' if clear else 'No clear difference'}: {sentence}." in found
+
+
+def test_a_difference_below_a_point_is_not_shown_as_0() -> None:
+    each = compared({"exactMatch": 0.504, "baseExactMatch": 0.5})
+    assert words.shown_difference(each.difference, each) == "+0.4 points"
+    assert words.shown_interval((0.001, 0.012), each, plus=True) == "+0.1 to +1 points"
+    assert words.shown_interval((-1e-17, 0.3), each) == "0 to 30 %"
+
+
+@pytest.mark.parametrize(
+    ("increase", "said"),
+    [(0.0, "did not change"), (0.1, "rose by 0.100 nats per token"),
+     (-0.1, "fell by 0.100 nats per token")],
+)  # fmt: skip
+def test_the_loss_on_general_data_falls_only_if_it_does(increase: float, said: str) -> None:
+    general = Forgetting(base_loss=3.0, loss=3.0 + increase, increase=increase, allowed=0.2)
+    each = compared({"exactMatch": 0.5, "baseExactMatch": 0.5})
+    (found,) = [line for line in words.summary([each], [], general, None) if "general" in line]
+    assert found == f"The loss on general data {said}; the guard allows an increase of 0.200."
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_kind_of_suite_is_named(tmp_path: Path, kind: str) -> None:
+    suite = {"name": "words", kind: {"uri": "file://a.jsonl"}}
+    manifest = MANIFEST | {"spec": MANIFEST["spec"] | {"evaluate": {"suites": [suite]}}}
+    inputs = evaluated(tmp_path, metrics={"words/exactMatch": 0.5})
+    (found,) = reported(tmp_path, inputs, manifest).suites
+    assert (found.name, found.kind, found.metrics) == ("words", kind, ["words/exactMatch"])
 
 
 def test_words_that_differ_are_marked_unless_nearly_all_do() -> None:

@@ -301,6 +301,23 @@ def test_passwords_and_signatures_in_uris_are_removed(tmp_path: Path) -> None:
     assert found.spec["data"]["train"][0]["uri"] == "https://host.example/rows.jsonl"
     assert "hunter" not in write_card(found)
     assert shareable({"uri": "file://a b/c#1?.txt"}) == {"uri": "file://a b/c#1?.txt"}
+    judge = {"endpoint": {"url": "https://me:hunter4@judge.example/v1?key=hunter5", "model": "j"}}
+    found = run_summary(tmp_path / "judged", evaluate={"winRate": {"judge": judge}})
+    shown = found.spec["evaluate"]["winRate"]["judge"]["endpoint"]
+    assert shown == {"url": "https://judge.example/v1", "model": "j"}
+
+
+@pytest.mark.parametrize(
+    ("uri", "shown"),
+    [
+        ("s3://key:se@cret@bucket/a/b", "s3://bucket/a/b"),
+        ("s3://user:x@[bucket/a?b", "s3://[bucket/a"),
+        ("folder/a@b", "folder/a@b"),
+        ("pkg://package/a.gguf", "pkg://package/a.gguf"),
+    ],
+)
+def test_secrets_are_removed_from_any_uri(uri: str, shown: str) -> None:
+    assert shareable([{"uri": uri}]) == [{"uri": shown}]
 
 
 # ---- the card -----------------------------------------------------------------------------------

@@ -9,6 +9,8 @@ from typing import Any
 
 import fsspec
 
+from tuneyard_trainer.reporting.summary import without_secrets
+
 ACCESS = "give this command access to the store by the environment, as the store's tools expect it"
 
 
@@ -36,9 +38,9 @@ class OutputFiles:
         return cls(fs, str(root).rstrip("/"), uri)
 
     @property
-    def folder(self) -> Path | None:
-        """The output as a folder of this machine. None: it is in a store."""
-        return None if "://" in self.uri else Path(self.root)
+    def place(self) -> str:
+        """The whole path of the folder, or the URL without secrets; no "/" at its end."""
+        return without_secrets(self.uri).rstrip("/") if "://" in self.uri else self.root
 
     @property
     def identity(self) -> tuple[str, str]:

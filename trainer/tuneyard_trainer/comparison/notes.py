@@ -16,7 +16,8 @@ SHORT = 12
 """Characters of a digest that are shown."""
 _REASONS = {
     "otherUnit": "{metrics} of {jobs} {have} other units and {are} not compared: the loss is of "
-    "another kind, or counts other tokens, as with another tokenizer or chat template.",
+    "another kind or counts other tokens, as with another tokenizer or chat template, or another "
+    "reward, judge, start model or check measured the answers.",
     "otherRows": "{metrics} of {jobs} {are} of other rows: the difference may come from the rows, "
     "and no job is called better.",
     "unpaired": "{metrics} of {jobs} {are} compared by unpaired intervals, which are wider: it is "
@@ -187,14 +188,18 @@ def _excludes_zero(difference: Difference) -> bool:
     )
 
 
+def _device(details: Mapping[str, object]) -> str:
+    """Return a device with the number of workers; "": it is unknown."""
+    workers = details.get("workers", 1)
+    device = details.get("device")
+    return f"{device} ({workers} worker{'' if workers == 1 else 's'})" if device else ""
+
+
 def _other_devices(names: Sequence[str], jobs: Sequence[JobResult]) -> Iterator[str]:
     details: list[Mapping[str, object]] = [
         record.details if (record := trained(job)) else {} for job in jobs
     ]
-    devices = [
-        f"{each['device']} ({each.get('workers', 1)} workers)" if each.get("device") else ""
-        for each in details
-    ]
+    devices = [_device(each) for each in details]
     groups = _grouped(names, devices)
     if len(groups) > 1:
         parts = [f"{listed(group)} on {device}" for device, group in groups.items()]

@@ -29,6 +29,7 @@ from tuneyard.api.report import (
     Tokens,
 )
 from tuneyard.api.stage_settings import EVALUATION_KINDS, SUPERVISED_KINDS, TRAINING_KINDS
+from tuneyard.api.suites import KINDS
 from tuneyard_trainer.data.encoding.masks import Run
 from tuneyard_trainer.reporting import plots, words
 from tuneyard_trainer.reporting.answered import answers
@@ -91,11 +92,11 @@ def document(
                 measured_bytes=_whole(record.metrics.get("peakMemoryBytes")),
                 planned_bytes=_whole(record.details.get("plannedMemoryBytes")),
             )
-            for record in summary.records.values()
+            for record in summary.stages
             if record.kind in TRAINING_KINDS
         ],
-        stages=[_stage(record) for record in summary.records.values()],
-        seconds=sum(map(seconds_of_attempts, summary.records.values())),
+        stages=[_stage(record) for record in summary.stages],
+        seconds=sum(map(seconds_of_attempts, summary.stages)),
         tokens=_tokens(summary, training),
         lineage=_lineage(summary),
         files=[File(name=name, description=what) for name, what in files],
@@ -174,7 +175,7 @@ def _suites(
     planned = (summary.spec.get("evaluate") or {}).get("suites") or []
     kinds = {
         str(suite.get("name") or (suite.get("task") or {}).get("name", "")): next(
-            (kind for kind in ("choices", "refusals", "task") if suite.get(kind)), ""
+            (kind for kind in KINDS if suite.get(kind)), ""
         )
         for suite in planned
     }
