@@ -251,7 +251,7 @@ def test_a_metric_of_another_judge_or_reward_makes_no_job_better(
     found = compared(a, b)
     (other,) = row(found, metric).differences
     assert (other.basis, other.value, other.better) == ("otherUnit", None, None)
-    assert any(f"{metric} of a and b has other units" in note for note in found.notes)
+    assert any(f"{metric} of a and b has other units," in note for note in found.notes)
 
 
 def test_a_reward_of_another_rule_or_check_makes_no_job_better(tmp_path: Path) -> None:

@@ -15,9 +15,9 @@ from tuneyard_trainer.reporting.formatting import count
 SHORT = 12
 """Characters of a digest that are shown."""
 _REASONS = {
-    "otherUnit": "{metrics} of {jobs} {have} other units and {are} not compared: the loss is of "
-    "another kind or counts other tokens, as with another tokenizer or chat template, or another "
-    "reward, judge, start model or check measured the answers.",
+    "otherUnit": "{metrics} of {jobs} {have} other units, or unknown ones, and {are} not compared: "
+    "the loss is of another kind or counts other tokens, as with another tokenizer or chat "
+    "template, or another reward, judge, start model or check measured the answers.",
     "otherRows": "{metrics} of {jobs} {are} of other rows: the difference may come from the rows, "
     "and no job is called better.",
     "unpaired": "{metrics} of {jobs} {are} compared by unpaired intervals, which are wider: it is "
