@@ -19,6 +19,7 @@ from tuneyard_trainer.comparison.job_result import Named, read_job
 from tuneyard_trainer.comparison.units import unit_of
 from tuneyard_trainer.evaluation.items import Items
 
+REPORT = {"job": {"name": "b", "kind": "FineTuneJob", "baseModel": "", "method": ""}, "summary": []}
 LOSSES = np.random.default_rng(1).gamma(4, 0.5, 40)
 NOISE = np.random.default_rng(2).normal(0, 0.05, 40)
 
@@ -297,6 +298,15 @@ def test_a_metric_of_one_job_and_a_job_without_an_evaluation_are_named(tmp_path:
     assert any(note.startswith("c has no evaluation") for note in found.notes)
 
 
+def test_a_job_that_failed_before_it_trained_is_said_to_have_no_model(tmp_path: Path) -> None:
+    failed = job(tmp_path, "b", evaluated=False, exported=False)
+    shutil.rmtree(failed / "stages/sft")
+    found = compared(job(tmp_path, "a"), failed)
+    assert any(note.startswith("b has not trained a model") for note in found.notes)
+    assert not any("b has no evaluation" in note for note in found.notes)
+    assert row(found).values[1] is None
+
+
 def test_a_job_that_missed_a_gate_is_compared(tmp_path: Path) -> None:
     found = compared(job(tmp_path, "a"), job(tmp_path, "b", -0.1, exported=False))
     assert row(found).best == 1
@@ -360,7 +370,7 @@ def test_a_model_that_changed_after_its_evaluation_is_refused(tmp_path: Path) ->
         ("stages/evaluate/evaluation.json", "[" * 100_000),
         ("stages/sft/record.json", "{}"),
         ("result/job.yaml", "a: [b"),
-        ("result/job.yaml", "spec: {model: {uri: 3}}"),
+        ("result/job.yaml", "spec: {model: 3}"),
         ("result/report.json", '{"version": 1}'),
         ("stages/evaluate/evaluation.json", '{"items": {"validationLoss": {}}}'),
         ("stages/evaluate/record.json", '{"details": 3}'),
@@ -371,6 +381,25 @@ def test_damaged_files_are_refused_by_name(tmp_path: Path, name: str, content: s
     (b / name).write_text(content)
     (fault,) = refused(a, b)
     assert name.rpartition("/")[2] in fault or "the files of its stages cannot be read" in fault
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("result/report.json", REPORT | {"metrics": {"\x1b]0;broken\x07\n\u202e": "high"}}),
+        ("stages/\x1b[2J.begun.json", {}),
+        ("stages/\x1b[2J/record.json", {"stage": 3}),
+    ],
+)
+def test_names_in_an_output_do_not_control_the_terminal(
+    tmp_path: Path, name: str, content: dict[str, Any]
+) -> None:
+    a, b = job(tmp_path, "a"), job(tmp_path, "b")
+    (b / name).parent.mkdir(exist_ok=True)
+    (b / name).write_text(json.dumps(content))
+    (fault,) = refused(a, b)
+    assert "\ufffd" in fault
+    assert not set("\x1b\x07\n\u202e") & set(fault)
 
 
 @pytest.mark.parametrize(

@@ -9,13 +9,18 @@ from typing import Any
 
 import fsspec
 
+from tuneyard_trainer.reporting.formatting import harmless
 from tuneyard_trainer.reporting.summary import without_secrets
 
 ACCESS = "give this command access to the store by the environment, as the store's tools expect it"
 
 
 class OutputError(Exception):
-    """An output that cannot be read: the value, the reason and the remedy."""
+    """An output that cannot be read: the value, the reason and the remedy, in one line. Names in
+    the output may be of unknown origin: control characters are replaced."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(harmless(message).split()))
 
 
 @dataclass(frozen=True)

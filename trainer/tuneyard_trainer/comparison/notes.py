@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from tuneyard.api.comparison import Difference, MetricRow
 from tuneyard.api.evaluation import FEWEST_PAIRED_ITEMS
+from tuneyard.api.stage_settings import TRAINING_KINDS
 from tuneyard_trainer.comparison.costs import trained
 from tuneyard_trainer.comparison.item_keys import digest_of_all
 from tuneyard_trainer.comparison.job_result import JobResult
@@ -65,10 +66,16 @@ def _short(digest: str) -> str:
 
 def _not_evaluated(names: Sequence[str], jobs: Sequence[JobResult]) -> Iterator[str]:
     for name, job in zip(names, jobs, strict=True):
-        if not job.evaluated:
+        if not any(stage.kind in TRAINING_KINDS for stage in job.report.stages):
+            yield (
+                f"{name} has not trained a model: it failed, was stopped, or still runs. Only what "
+                "it has is compared: run it to its end."
+            )
+        elif not job.evaluated:
             yield (
                 f"{name} has no evaluation, so only its training and its settings are compared: "
-                "hold out rows (data.validation) or set evaluate.suites, and run it again."
+                "hold out rows (data.validation, or preferences.heldOut of an alignment) or set "
+                "evaluate.suites, and run it to its end."
             )
 
 
