@@ -246,6 +246,7 @@ def test_a_metric_of_another_judge_or_reward_makes_no_job_better(
     a, b = job(tmp_path, "a"), job(tmp_path, "b")
     measured_by(a, metric, 0.0, **{role: "sha256:one"})
     measured_by(b, metric, 9.0, **{role: "sha256:one"})
+    assert row(compared(a, b), metric).base is None  # a random choice is no base model
     (same,) = row(compared(a, b), metric).differences
     assert (same.basis, same.better) == ("paired", 1)
     measured_by(b, metric, 9.0, **{role: "sha256:other"})

@@ -16,6 +16,7 @@ from tuneyard.api.suites import KINDS
 from tuneyard_trainer.reporting import report, words
 from tuneyard_trainer.reporting.comparisons import comparisons
 from tuneyard_trainer.reporting.differing import differing
+from tuneyard_trainer.reporting.formatting import ABSENT
 from tuneyard_trainer.reporting.intervals import Bars
 
 FROZEN = Path(__file__).parent / "report_keys.json"
@@ -241,6 +242,55 @@ def test_items_of_suites_in_the_training_data_are_a_warning_of_the_report(
     assert ("items of suites" in card) == bool(said)
 
 
+def test_prompts_rewards_and_judges_are_sources_and_what_only_measures_is_none(
+    tmp_path: Path,
+) -> None:
+    inputs = evaluated(tmp_path)
+    for stage, kind, read in (
+        ("tuned", "grpo", {"model": "sha256:base", "prompts": "sha256:prompts",
+                           "reward": "sha256:reward", "reward.1": "sha256:second"}),
+        ("evaluation", "evaluate", {"model": "sha256:base", "judge": "sha256:judge"}),
+    ):  # fmt: skip
+        path = inputs[stage] / "record.json"
+        value = json.loads(path.read_text()) | {"kind": kind, "inputDigests": read}
+        path.write_text(json.dumps(value))
+    judge = {"judge": {"model": {"uri": "hf://a/judge"}}}
+    spec = {
+        "model": {"uri": "job://before"},
+        "rewardModel": {"model": {"uri": "hf://a/reward"}},
+        "rewardTerms": [{"rule": {"exactMatch": "answer"}}, {"model": {"uri": "hf://a/second"}}],
+        "optimize": {"grpo": {"prompts": {"uri": "pvc://data/prompts.jsonl"}}},
+        "evaluate": {"winRate": judge},
+    }
+    manifest = {"kind": "AlignmentJob", "metadata": {"name": "a"}, "spec": spec}
+    found = reported(tmp_path, inputs, manifest).lineage
+    assert [(each.role, each.uri, each.digest) for each in found.sources] == [
+        ("model", "job://before", "sha256:base"),
+        ("prompts", "pvc://data/prompts.jsonl", "sha256:prompts"),
+        ("reward", "hf://a/reward", "sha256:reward"),
+        ("reward.1", "hf://a/second", "sha256:second"),
+        ("train.0", "", "sha256:rows"),
+    ]
+    assert [each.uri for each in found.parents] == ["job://before"]
+
+
+def test_the_judge_of_a_feedback_is_a_source(tmp_path: Path) -> None:
+    inputs, read = evaluated(tmp_path), {"labels": "sha256:labels"}
+    path = inputs["tuned"] / "record.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"inputDigests": read}))
+    written(tmp_path / "stages", "labels", "feedback",
+            {"judge": "sha256:judge", "prompts": "sha256:prompts"})  # fmt: skip
+    step = {"judge": {"model": {"uri": "hf://a/judge"}}, "prompts": {"uri": "pvc://data/p.jsonl"}}
+    spec = MANIFEST["spec"] | {"preferences": {"aiFeedback": step}}
+    found = reported(tmp_path, inputs, MANIFEST | {"spec": spec}).lineage.sources
+    assert {each.role: each.uri for each in found} == {
+        "model": "hf://acme/small-model",
+        "judge": "hf://a/judge",
+        "prompts": "pvc://data/p.jsonl",
+        "train.0": "file://data/train.jsonl",
+    }
+
+
 def test_a_job_that_measured_nothing_says_so(tmp_path: Path) -> None:
     inputs = folders(tmp_path / "stages", lines=[])
     for role in ("evaluation", "tuned"):
@@ -300,6 +350,15 @@ def test_a_difference_below_a_point_is_not_shown_as_0() -> None:
     assert words.shown_difference(each.difference, each) == "+0.4 points"
     assert words.shown_interval((0.001, 0.012), each, plus=True) == "+0.1 to +1 points"
     assert words.shown_interval((-1e-17, 0.3), each) == "0 to 30 %"
+
+
+def test_one_point_is_no_points_and_minus_is_one_sign() -> None:
+    each = compared({"exactMatch": 0.49, "baseExactMatch": 0.5})
+    assert words.shown_difference(-0.01, each) == "\u22121 point"
+    assert words.shown_difference(0.02, each) == "+2 points"
+    reward = compared({"reward": -1.5, "startReward": 1.5})
+    assert (words.shown(-1.5, reward), words.shown(1.5, reward)) == ("\u22121.500", "1.500")
+    assert words.shown(None, reward) == ABSENT
 
 
 @pytest.mark.parametrize(

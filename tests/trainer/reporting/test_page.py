@@ -135,7 +135,7 @@ def test_the_summary_says_first_what_changed_and_whether_it_was_worth_it(opened:
         "examples in the prompt, which cost 210 tokens in each request.",
         "The loss on general data rose by 0.100 nats per token; the guard allows an increase of "
         "0.100.",
-        "1 of 2 gates is not met: grammar/accuracy (insufficient evidence).",
+        "1 of 2 gates is not met: grammar/accuracy (advisory, insufficient evidence).",
     ]
 
 

@@ -43,7 +43,7 @@ def _row(name: str, jobs: Sequence[JobResult], rows: Sequence[Reported | None]) 
         label=known[0].label,
         is_share=all(row.is_share for row in known),
         higher_is_better=direction,
-        base=_agreed([row.base for row in known]),
+        base=_agreed([None if row.base_is_chance else row.base for row in known]),
         values=[None if each is None else each.value for each in measured],
         intervals=[each.interval if each else None for each in measured],
         items=counts,

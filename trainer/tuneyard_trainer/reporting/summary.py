@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from tuneyard.api.plan import StageRecord
+from tuneyard.api.stage_settings import StageKind
 from tuneyard_trainer.reporting.formatting import ABSENT, count, number
 from tuneyard_trainer.reporting.plots import Curves
 from tuneyard_trainer.reporting.preferences import statistic_lines
@@ -186,6 +187,11 @@ class RunSummary:
         """Return the record of the first stage of one of these kinds. None: there is none."""
         return next((record for record in self.records.values() if record.kind in kinds), None)
 
+    @property
+    def is_of_preferences(self) -> bool:
+        """Whether the result was trained on preferences, whose rows are completions."""
+        return self.record("pairs") is not None
+
     # ---- sections -------------------------------------------------------------------------------
 
     @property
@@ -216,6 +222,35 @@ class RunSummary:
             kept=value["kept"],
             outcomes=", ".join(f"{count(value[name])} {name}" for name in names) or ABSENT,
         )
+
+    def source_uri(self, kind: StageKind, role: str) -> str:
+        """Return the URI of what a stage of this kind reads in this role; "": another stage wrote
+        it."""
+        step, spec = self._step(kind), self.spec
+        models = {
+            "judge": step.get("judge"),
+            "reward": spec.get("rewardModel"),
+            "reward.independent": spec.get("independentReward"),
+            **{f"reward.{i}": term for i, term in enumerate(spec.get("rewardTerms") or [])},
+        }
+        sources = {
+            "model": spec.get("model"),
+            "prompts": step.get("prompts"),
+            "teacher": step.get("teacher"),
+            **{name: (value or {}).get("model") for name, value in models.items()},
+        }
+        source = sources.get(role)
+        return str(source["uri"]) if source else self.data_uri(role)
+
+    def _step(self, kind: StageKind) -> Mapping[str, Any]:
+        """Return the part of the manifest that a stage belongs to. {}: there is none."""
+        if kind == "feedback":
+            step = (self.spec.get("preferences") or {}).get("aiFeedback")
+        elif kind == "critique":
+            step = self.spec.get("constitution")
+        else:
+            step = (self.spec.get("optimize") or {}).get(self.method)
+        return step or {}
 
     def data_uri(self, role: str) -> str:
         """Return the URI of the data with a role such as train.0, documents or toxicity; "":

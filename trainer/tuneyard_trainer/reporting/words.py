@@ -16,7 +16,9 @@ MOST_DIGITS = 9
 
 def shown(value: float | None, comparison: Comparison) -> str:
     """Return a value of a metric: a share in percent, else four digits."""
-    return percent(value) if comparison.is_share else number(value)
+    if value is None or comparison.is_share:
+        return percent(value)
+    return _signed(value, plus=False, whole=False)
 
 
 def shown_interval(interval: Interval | None, comparison: Comparison, plus: bool = False) -> str:
@@ -35,7 +37,8 @@ def shown_difference(value: float | None, comparison: Comparison) -> str:
     if value is None:
         return ""
     if comparison.is_share:
-        return f"{_signed(100 * value, True, True)} points"
+        points = _signed(100 * value, True, True)
+        return f"{points} point{'' if points[1:] == '1' else 's'}"
     return _signed(value, True, False)
 
 
@@ -158,7 +161,11 @@ def _general(forgetting: Forgetting | None) -> Iterable[str]:
 
 def _gates(gates: Sequence[GateResult]) -> Iterable[str]:
     """Yield how many gates are met. The warnings say more about those that are not."""
-    missed = [f"{gate.metric} ({VERDICT_WORDS[gate.verdict]})" for gate in gates if not gate.passed]
+    missed = [
+        f"{gate.metric} ({'' if gate.is_required else 'advisory, '}{VERDICT_WORDS[gate.verdict]})"
+        for gate in gates
+        if not gate.passed
+    ]
     if missed:
         are = "is" if len(missed) == 1 else "are"
         yield f"{len(missed)} of {len(gates)} gates {are} not met: {', '.join(missed)}."
