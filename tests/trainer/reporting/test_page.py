@@ -162,6 +162,13 @@ def test_hostile_texts_are_texts_and_control_characters_are_replaced(opened: Ope
     assert shown == HOSTILE.replace("\x1b", "\ufffd").replace("\u202e", "\ufffd")
 
 
+def test_on_a_phone_no_number_of_a_table_of_numbers_is_cut(opened: Open) -> None:
+    cells = "<td>Dropped as too long</td><td class=number>12</td><td class=number>7,984</td>"
+    table = opened(viewport=PHONE).locator(".wide").first
+    table.evaluate("(each, cells) => each.innerHTML = `<table><tr>${cells}</tr></table>`", cells)
+    assert table.evaluate("each => each.scrollWidth <= each.clientWidth")
+
+
 def test_the_policy_of_the_page_lets_no_other_script_run(opened: Open, file: Path) -> None:
     changed = file.with_name("changed.html")
     changed.write_text(file.read_text().replace('"use strict";', '"use strict"; document.title=1;'))

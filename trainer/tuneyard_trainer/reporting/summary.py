@@ -174,7 +174,14 @@ class RunSummary:
     @property
     def adapter(self) -> str | None:
         """The adapter's kind. None: full fine-tuning."""
-        return next(iter(self.spec.get("adapter") or {}), None)
+        return next(iter(self._adapter_spec), None)
+
+    @property
+    def _adapter_spec(self) -> Mapping[str, Any]:
+        """The manifest's adapter of the step that produced the result; {}: all weights."""
+        train = (self.spec.get("rewardModel") or {}).get("train") or {}
+        step = train if self.is_reward_model else self.spec
+        return step.get("adapter") or {}
 
     @property
     def sentence(self) -> str:
@@ -461,7 +468,7 @@ class RunSummary:
         if self.adapter is None:
             return "none: all weights were trained"
         name = ADAPTER_NAMES.get(self.adapter, self.adapter)
-        return _with_settings(name, self.spec["adapter"][self.adapter])
+        return _with_settings(name, self._adapter_spec[self.adapter])
 
     @property
     def digests(self) -> list[tuple[str, str]]:
