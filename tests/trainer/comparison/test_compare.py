@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from tests.trainer.comparison.outputs import QUESTIONS, write_output
+from tests.trainer.finished import MANIFEST
 from tuneyard.api.comparison import Comparison, MetricRow
 from tuneyard.api.report import VERSION
 from tuneyard.errors import ManifestError
@@ -314,6 +315,16 @@ def test_a_job_that_missed_a_gate_is_compared(tmp_path: Path) -> None:
     assert found.jobs[1].name == "b"  # of its folder
     assert any("its manifest is not in the output" in note for note in found.notes)
     assert (found.jobs[1].sentence, found.jobs[1].method) == ("", "")  # not known, so not said
+
+
+def test_the_settings_are_those_that_the_job_ran_with_and_not_those_of_its_changed_manifest(
+    tmp_path: Path,
+) -> None:
+    jobs = [job(tmp_path, "a"), job(tmp_path, "b"), job(tmp_path, "c", exported=False)]
+    changed = MANIFEST | {"spec": MANIFEST["spec"] | {"training": {"learningRate": 0.5}}}
+    found = compare([Named(str(each), str(each), changed) for each in jobs])
+    rates = {each.field: each.values for each in found.settings}["spec.training.learningRate"]
+    assert rates == ["auto", "auto", "0.5"]  # the last one has exported no manifest
 
 
 def test_a_job_that_missed_a_gate_has_the_name_of_the_owner_of_its_output(tmp_path: Path) -> None:

@@ -35,7 +35,8 @@ class Named:
     uri: str
     """Folder or URL of the output."""
     manifest: Mapping[str, Any] | None = None
-    """The job's manifest with its defaults. None: the output has it, if the job has ended."""
+    """The job's manifest with its defaults, which may have changed since the job ran: it stands in
+    for that of an output without one. None: it is not known."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ def read_job(named: Named) -> JobResult:
             f"{', '.join(changed)} changed after the evaluation: run the job, which evaluates the "
             "new model"
         )
-    manifest = shareable(named.manifest) if named.manifest else _manifest(files)
+    manifest = _manifest(files) or shareable(named.manifest or {})
     known = manifest or {"metadata": {"name": _name(files)}}
     by_kind: dict[str, StageRecord] = {record.kind: record for record in records}
     evaluated = next((by_kind[kind] for kind in EVALUATION_KINDS if kind in by_kind), None)
