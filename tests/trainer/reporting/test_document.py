@@ -349,6 +349,7 @@ def test_a_difference_below_a_point_is_not_shown_as_0() -> None:
     each = compared({"exactMatch": 0.504, "baseExactMatch": 0.5})
     assert words.shown_difference(each.difference, each) == "+0.4 points"
     assert words.shown_interval((0.001, 0.012), each, plus=True) == "+0.1 to +1 points"
+    assert words.shown_difference(0.0003, each) == "+0.03 points"
     assert words.shown_interval((-1e-17, 0.3), each) == "0 to 30 %"
 
 

@@ -10,6 +10,8 @@ from tuneyard_trainer.reporting.formatting import count, number, percent
 
 MOST_NAMED = 6
 """Metrics that a sentence names; it counts the others."""
+LEAST = 1e-4
+"""The smallest difference in points that is shown."""
 MOST_DIGITS = 9
 """Decimals of two values that are nearly equal."""
 
@@ -50,8 +52,9 @@ def _signed(value: float, plus: bool, whole: bool) -> str:
 
 
 def _whole(value: float) -> str:
-    """Return a whole number; one that is not 0 keeps its first decimal where it would be 0."""
-    return f"{value:.1f}" if 0.05 <= value < 0.5 else f"{value:.0f}"
+    """Return a whole number; one that is not 0 keeps its first digit where it would be 0. What is
+    smaller than LEAST is an error of the arithmetic, and 0."""
+    return f"{value:.1g}" if LEAST <= value < 0.5 else f"{value:.0f}"
 
 
 def summary(
