@@ -113,8 +113,9 @@ def test_a_manifest_stands_for_its_jobs(
     assert [job["name"] for job in found["jobs"]] == ["low-rate", "high-rate"]
     both[1]["spec"] = {**both[1]["spec"], "output": {"uri": "pvc://models/high"}}
     manifest.write_text(yaml.safe_dump_all(both))
-    assert main.call(["compare", str(manifest), jobs[1]]) == 2
-    assert "pvc://models/high, exists on a cluster only: copy" in capsys.readouterr().err
+    for argument in (str(manifest), "pvc://models/high"):
+        assert main.call(["compare", argument, jobs[1]]) == 2
+        assert "pvc://models/high, exists on a cluster only: copy" in capsys.readouterr().err
 
 
 def test_a_job_in_the_cluster_has_its_output_in_an_object_store_or_is_refused() -> None:

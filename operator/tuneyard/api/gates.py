@@ -6,11 +6,11 @@ The words for people are here too, since the trainer, the operator and the comma
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal
+from typing import Literal, get_args
 
 from pydantic import Field
 
-from tuneyard.api.evaluation import Gate, fewest_items
+from tuneyard.api.evaluation import AlignmentMetric, Gate, Metric, fewest_items
 from tuneyard.api.meta import Report
 
 Verdict = Literal["pass", "breach", "insufficientEvidence", "missing"]
@@ -40,6 +40,15 @@ _MISSING = {
     "have diverged.",
 }
 """The remedies for metrics that were not measured, by the beginning of their names."""
+
+
+_DISTANCES = (
+    *("kl", "rewardLengthCorrelation", "lengthRatio", "distinctRatio", "repetition"),
+    *("complete", "sycophancyShift"),
+)
+"""Metrics of an alignment that leave their bounds if the model goes too far from its start."""
+_OF_ALIGNMENT = {*get_args(AlignmentMetric)} - {*get_args(Metric)}
+"""The metrics that only an alignment has."""
 
 
 class GateResult(Report):
@@ -151,9 +160,13 @@ class GateResult(Report):
                 "Change the data or the training (data.train, data.replay, training.learningRate), "
                 "or change evaluate.gates."
             )
-        return (
-            "Train longer or on more data (training.epochs, data.train), or change evaluate.gates."
-        )
+        if self.metric in _DISTANCES:
+            return (
+                "Keep the model closer to its start (a higher beta, a lower "
+                "training.learningRate, fewer training.epochs), or change evaluate.gates."
+            )
+        data = "preferences.data" if self.metric in _OF_ALIGNMENT else "data.train"
+        return f"Train longer or on more data (training.epochs, {data}), or change evaluate.gates."
 
     @property
     def _finding(self) -> str:

@@ -184,7 +184,7 @@ class Suite(Document):
 
     name: str
     kind: str = ""
-    """choices, refusals or task. "": unknown."""
+    """choices, answers, refusals or task. "": unknown."""
     items: int | None = None
     metrics: list[str] = Field(default=[])
     """Metrics of its comparisons, as in `comparisons`."""

@@ -115,6 +115,8 @@ def _places(
 
 def _of(job: str, options: ClusterOptions, kinds: Sequence[Kind]) -> Iterator[Place]:
     path = Path(job)
+    if job.startswith("pvc://"):
+        raise _on_claim(job)
     if "://" in job or path.is_dir():
         yield Place(job, job)
     elif path == STDIN or path.exists():

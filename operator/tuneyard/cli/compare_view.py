@@ -94,7 +94,7 @@ def _cell(row: MetricRow, job: int) -> Text:
 def _settings(names: Sequence[str], settings: Sequence[Setting]) -> Iterator[RenderableType]:
     """Yield a table of the settings; of more than MANY jobs, the jobs by each value."""
     if not settings:
-        yield Text("none")
+        yield Text("none known")
     elif len(names) <= MANY:
         table = _table("Field", names, justify="left")
         table.columns[0].no_wrap = True

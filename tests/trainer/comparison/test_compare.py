@@ -11,12 +11,16 @@ import numpy as np
 import pytest
 
 from tests.trainer.comparison.outputs import QUESTIONS, write_output
+from tests.trainer.finished import MANIFEST
 from tuneyard.api.comparison import Comparison, MetricRow
 from tuneyard.api.report import VERSION
 from tuneyard.errors import ManifestError
 from tuneyard_trainer.comparison.compare import compare
 from tuneyard_trainer.comparison.job_result import Named, read_job
+from tuneyard_trainer.comparison.units import unit_of
+from tuneyard_trainer.evaluation.items import Items
 
+REPORT = {"job": {"name": "b", "kind": "FineTuneJob", "baseModel": "", "method": ""}, "summary": []}
 LOSSES = np.random.default_rng(1).gamma(4, 0.5, 40)
 NOISE = np.random.default_rng(2).normal(0, 0.05, 40)
 
@@ -196,6 +200,97 @@ def test_without_the_held_out_rows_the_intervals_are_unpaired_and_a_note_says_so
 # ---- what cannot be compared --------------------------------------------------------------------
 
 
+def test_times_on_other_devices_are_not_compared_and_one_worker_is_one(tmp_path: Path) -> None:
+    a, b = job(tmp_path, "a"), job(tmp_path, "b")
+    for folder, details in (
+        (a, {"device": "cpu", "workers": 1}),
+        (b, {"device": "H200", "workers": 2}),
+    ):
+        path = folder / "stages/sft/record.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"details": details}))
+    (note,) = [note for note in compared(a, b).notes if "devices" in note]
+    assert "a on cpu (1 worker) and b on H200 (2 workers)." in note
+
+
+def measured_by(folder: Path, metric: str, value: float, **inputs: str) -> None:
+    """Add a metric of 20 prompts to an evaluation, whose inputs also have these digests; a role's
+    dot is written as __."""
+    ids = [f"prompts.jsonl row {number}" for number in range(1, 21)]
+    items = Items(ids=tuple(ids), tuned_N=np.linspace(value, value + 1, 20), base_N=None,
+                  higher_is_better=True)  # fmt: skip
+    for name in ("record.json", "evaluation.json"):
+        path = folder / "stages/evaluate" / name
+        found = json.loads(path.read_text())
+        found["metrics"][metric] = value + 0.5
+        (found.get("details") or found)["evidence"][metric] = items.summary()
+        if "items" in found:
+            found["items"][metric] = items.values()
+        else:
+            given = {role.replace("__", "."): digest for role, digest in inputs.items()}
+            found["inputDigests"] |= {"prompts": "sha256:prompts", **given}
+        path.write_text(json.dumps(found))
+
+
+@pytest.mark.parametrize(
+    ("metric", "role"),
+    [
+        ("reward", "reward"),
+        ("reward", "reward__0"),
+        ("independentReward", "reward__independent"),
+        ("winRate", "judge"),
+        ("winRate", "start"),
+    ],
+)
+def test_a_metric_of_another_judge_or_reward_makes_no_job_better(
+    tmp_path: Path, metric: str, role: str
+) -> None:
+    a, b = job(tmp_path, "a"), job(tmp_path, "b")
+    measured_by(a, metric, 0.0, **{role: "sha256:one"})
+    measured_by(b, metric, 9.0, **{role: "sha256:one"})
+    assert row(compared(a, b), metric).base is None  # a random choice is no base model
+    (same,) = row(compared(a, b), metric).differences
+    assert (same.basis, same.better) == ("paired", 1)
+    measured_by(b, metric, 9.0, **{role: "sha256:other"})
+    found = compared(a, b)
+    (other,) = row(found, metric).differences
+    assert (other.basis, other.value, other.better) == ("otherUnit", None, None)
+    assert any(f"{metric} of a and b has other units," in note for note in found.notes)
+
+
+def test_a_reward_of_another_rule_or_check_makes_no_job_better(tmp_path: Path) -> None:
+    terms = [{"weight": 2.0, "rule": {"exactMatch": "answer"}}]
+    first = {"evaluate": {"answerPattern": "a+"}, "rewardTerms": terms}
+    jobs = [
+        job(tmp_path, "a", spec=first),
+        job(tmp_path, "b", spec=first),
+        job(tmp_path, "c", spec={
+            "evaluate": {"answerPattern": ".*"}, "rewardTerms": [terms[0] | {"weight": 3.0}],
+        }),
+    ]  # fmt: skip
+    for metric in ("reward", "patternMatch"):
+        for number, folder in enumerate(jobs):
+            measured_by(folder, metric, 9.0 * number)
+    found = compared(*jobs)
+    for metric in ("reward", "patternMatch"):
+        assert [each.basis for each in row(found, metric).differences] == [
+            "paired",
+            "otherUnit",
+            "otherUnit",
+        ]
+
+
+def test_a_check_of_a_suite_is_that_of_this_suite() -> None:
+    def of(pattern: str) -> str:
+        answers = {"uri": "file://a", "answerPattern": pattern}
+        suites = [{"name": "other", "answers": {}}, {"name": "words", "answers": answers}]
+        return unit_of("words/patternMatch", {"spec": {"evaluate": {"suites": suites}}}, {})
+
+    assert of("a") == of("a")
+    assert of("a") != of("b")
+    assert unit_of("words/accuracy", {}, {"judge": "sha256:1"}) == ""
+    assert unit_of("patternMatch", {"spec": 3}, {}) == "None"
+
+
 def test_a_metric_of_one_job_and_a_job_without_an_evaluation_are_named(tmp_path: Path) -> None:
     a = job(tmp_path, "a", right=[1.0] * 40)
     found = compared(a, job(tmp_path, "b"), job(tmp_path, "c", evaluated=False))
@@ -205,11 +300,48 @@ def test_a_metric_of_one_job_and_a_job_without_an_evaluation_are_named(tmp_path:
     assert any(note.startswith("c has no evaluation") for note in found.notes)
 
 
+def test_a_job_that_failed_before_it_trained_is_said_to_have_no_model(tmp_path: Path) -> None:
+    failed = job(tmp_path, "b", evaluated=False, exported=False)
+    shutil.rmtree(failed / "stages/sft")
+    found = compared(job(tmp_path, "a"), failed)
+    assert any(note.startswith("b has not trained a model") for note in found.notes)
+    assert not any("b has no evaluation" in note for note in found.notes)
+    assert row(found).values[1] is None
+
+
 def test_a_job_that_missed_a_gate_is_compared(tmp_path: Path) -> None:
     found = compared(job(tmp_path, "a"), job(tmp_path, "b", -0.1, exported=False))
     assert row(found).best == 1
-    assert found.jobs[1].name == "model"
+    assert found.jobs[1].name == "b"  # of its folder
     assert any("its manifest is not in the output" in note for note in found.notes)
+    assert (found.jobs[1].sentence, found.jobs[1].method) == ("", "")  # not known, so not said
+
+
+def test_the_settings_are_those_that_the_job_ran_with_and_not_those_of_its_changed_manifest(
+    tmp_path: Path,
+) -> None:
+    jobs = [job(tmp_path, "a"), job(tmp_path, "b"), job(tmp_path, "c", exported=False)]
+    changed = MANIFEST | {"spec": MANIFEST["spec"] | {"training": {"learningRate": 0.5}}}
+    found = compare([Named(str(each), str(each), changed) for each in jobs])
+    rates = {each.field: each.values for each in found.settings}["spec.training.learningRate"]
+    assert rates == ["auto", "auto", "0.5"]  # the last one has exported no manifest
+
+
+def test_a_job_that_missed_a_gate_has_the_name_of_the_owner_of_its_output(tmp_path: Path) -> None:
+    missed = job(tmp_path, "b", exported=False)
+    (missed / "owner.json").write_text(json.dumps({"job": {"name": "support", "kind": "x"}}))
+    assert compared(job(tmp_path, "a"), missed).jobs[1].label == "support"
+
+
+def test_the_settings_of_an_earlier_run_are_not_those_of_the_last_one(tmp_path: Path) -> None:
+    rate = {"training": {"learningRate": 0.5}}
+    earlier = job(tmp_path, "b", -0.1, spec=rate)
+    assert compared(job(tmp_path, "a"), earlier).settings != []
+    (earlier / "result/EARLIER_RUN.md").write_text("# The model of an earlier run")
+    found = compared(tmp_path / "a", earlier)
+    assert found.settings == []
+    assert any("b: its manifest is not in the output" in note for note in found.notes)
+    assert row(found).best == 1
 
 
 def test_the_faults_of_all_outputs_are_raised_at_once(tmp_path: Path) -> None:
@@ -250,7 +382,7 @@ def test_a_model_that_changed_after_its_evaluation_is_refused(tmp_path: Path) ->
         ("stages/evaluate/evaluation.json", "[" * 100_000),
         ("stages/sft/record.json", "{}"),
         ("result/job.yaml", "a: [b"),
-        ("result/job.yaml", "spec: {model: {uri: 3}}"),
+        ("result/job.yaml", "spec: {model: 3}"),
         ("result/report.json", '{"version": 1}'),
         ("stages/evaluate/evaluation.json", '{"items": {"validationLoss": {}}}'),
         ("stages/evaluate/record.json", '{"details": 3}'),
@@ -261,6 +393,25 @@ def test_damaged_files_are_refused_by_name(tmp_path: Path, name: str, content: s
     (b / name).write_text(content)
     (fault,) = refused(a, b)
     assert name.rpartition("/")[2] in fault or "the files of its stages cannot be read" in fault
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("result/report.json", REPORT | {"metrics": {"\x1b]0;broken\x07\n\u202e": "high"}}),
+        ("stages/\x1b[2J.begun.json", {}),
+        ("stages/\x1b[2J/record.json", {"stage": 3}),
+    ],
+)
+def test_names_in_an_output_do_not_control_the_terminal(
+    tmp_path: Path, name: str, content: dict[str, Any]
+) -> None:
+    a, b = job(tmp_path, "a"), job(tmp_path, "b")
+    (b / name).parent.mkdir(exist_ok=True)
+    (b / name).write_text(json.dumps(content))
+    (fault,) = refused(a, b)
+    assert "\ufffd" in fault
+    assert not set("\x1b\x07\n\u202e") & set(fault)
 
 
 @pytest.mark.parametrize(
@@ -369,15 +520,14 @@ def test_a_copy_of_the_result_alone_is_compared_by_unpaired_intervals(tmp_path: 
     assert loss.items == [40, 40]
 
 
-def test_an_output_in_an_object_store_is_read_if_it_has_a_report(tmp_path: Path) -> None:
+def test_an_output_in_an_object_store_is_read_with_and_without_a_report(tmp_path: Path) -> None:
     fsspec = pytest.importorskip("fsspec")
     a, b, url = job(tmp_path, "a"), job(tmp_path, "b", -0.1), "memory://models/b"
     store = fsspec.filesystem("memory")
     named = [Named(str(a), str(a)), Named(url, url)]
     try:
         store.put(str(b), "/models/b", recursive=True)
-        with pytest.raises(ManifestError, match=r"has no report\.json of its present stages"):
-            compare(named)
+        anew = compare(named)
         report = read_job(Named("b", str(b))).report
         store.pipe("/models/b/result/report.json", report.to_json().encode())
         found = compare(named)
@@ -386,3 +536,18 @@ def test_an_output_in_an_object_store_is_read_if_it_has_a_report(tmp_path: Path)
     assert row(found).best == 1
     assert row(found).differences[0].basis == "paired"
     assert found.jobs[1].output == url
+    assert anew.to_json() == found.to_json()
+    assert anew.curves[1].curves[0].training  # of the file in the store
+
+
+def test_outputs_of_one_path_in_two_stores_are_told_apart(tmp_path: Path) -> None:
+    fsspec = pytest.importorskip("fsspec")
+    output = write_output(tmp_path / "models/b", "same", losses=[*LOSSES])
+    store = fsspec.filesystem("memory")
+    try:
+        store.put(str(output), f"{output}", recursive=True)
+        uris = [f"memory:/{output}", f"file://{output}"]
+        found = compare([Named(uri, uri) for uri in uris])
+    finally:
+        store.rm("/", recursive=True)
+    assert [each.label for each in found.jobs] == [f"same ({uri})" for uri in uris]

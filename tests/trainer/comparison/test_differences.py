@@ -130,3 +130,9 @@ def test_values_that_are_not_finite_are_not_paired() -> None:
 
 def test_values_without_an_interval_have_a_difference_without_one() -> None:
     assert difference(Measured(1.0), Measured(3.0)) == ("unpaired", 2.0, None, None)
+
+
+def test_values_near_the_largest_float_have_no_interval_instead_of_an_infinite_one() -> None:
+    ends = Interval(-1.7e308, 1.7e308)
+    found = difference(Measured(1.0, ends), Measured(2.0, ends))
+    assert (found.basis, found.value, found.interval) == ("unpaired", 1.0, None)

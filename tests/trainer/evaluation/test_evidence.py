@@ -76,6 +76,8 @@ def test_intervals_of_answers_are_those_of_a_textbook_and_a_calculation() -> Non
 def test_answers_that_are_all_alike_still_have_an_interval() -> None:
     assert share_interval(20, 20) == pytest.approx((0.8389, 1.0), abs=1e-4)
     assert share_interval(0, 20) == pytest.approx((0.0, 0.1611), abs=1e-4)
+    for count in range(1, 200):  # no end is 2.8e-17, which people read as a value
+        assert (share_interval(0, count).low, share_interval(count, count).high) == (0.0, 1.0)
     assert flip_interval(0, 0, 24) == pytest.approx((-0.1066, 0.1066), abs=1e-3)
     assert flip_interval(20, 0, 20).high == 1.0
     for interval in (share_interval, lambda right, count: flip_interval(right, 0, count)):

@@ -78,6 +78,8 @@ def test_a_bound_of_the_value_is_checked_against_the_value_and_includes_it(
     [
         ("answerAccuracy", "Hold out more rows", "training.epochs"),
         ("sense/accuracy", "Give the suite more items", "data.replay"),
+        ("preferenceAccuracy", "Hold out more rows", "training.epochs, preferences.data"),
+        ("complete", "Hold out more rows", "closer to its start (a higher beta"),
     ],
 )
 def test_the_remedy_names_what_changes_this_metric(metric: str, more: str, change: str) -> None:

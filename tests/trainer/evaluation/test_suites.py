@@ -128,6 +128,7 @@ def test_each_published_layout_of_choices_is_an_item(
         ({"input": "?", "target_scores": {"a": 1, "b": 1}}, "at least one wrong"),
         ({"input": "?", "target_scores": {"a": 5, "b": 0}}, "from 0 to 1, and it is 5"),
         ({"question": "?", "mc2_targets": {"choices": ["a"]}}, "as many labels"),
+        ({"question": "?", "choices": ["a", "b\ud800"], "answer": 0}, "half of a surrogate pair"),
     ],
 )
 def test_a_row_that_is_no_item_is_named_with_its_file_and_columns(

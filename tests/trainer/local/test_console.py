@@ -446,8 +446,8 @@ def test_a_share_that_may_be_chance_is_not_called_better() -> None:
     metrics = {"winRate": 0.6, "preferenceAccuracy": 0.7}
     evidence = {"winRate": {"interval": [0.45, 0.75]}, "preferenceAccuracy": {"interval": [0.6, 1]}}
     shown = summarized({"evaluate": record("assess", metrics, evidence=evidence)})
-    assert cells(shown, "Win rate") == ["50 %", "60 %", "no clear difference"]
-    assert cells(shown, "Preference accuracy") == ["50 %", "70 %"]
+    assert cells(shown, "Win rate") == ["50 % by chance", "60 %", "no clear difference"]
+    assert cells(shown, "Preference accuracy") == ["50 % by chance", "70 %"]
 
 
 def test_verdicts_are_shown_and_a_missed_advisory_gate_is_a_warning() -> None:

@@ -9,11 +9,14 @@ from typing import Any
 
 import pytest
 
-from tests.trainer.finished import MANIFEST, folders
-from tuneyard.api.report import VERSION, Comparison, JobReport
+from tests.trainer.finished import MANIFEST, folders, record
+from tuneyard.api.evaluation import prefixed
+from tuneyard.api.report import VERSION, Comparison, Forgetting, JobReport
+from tuneyard.api.suites import KINDS
 from tuneyard_trainer.reporting import report, words
 from tuneyard_trainer.reporting.comparisons import comparisons
 from tuneyard_trainer.reporting.differing import differing
+from tuneyard_trainer.reporting.formatting import ABSENT
 from tuneyard_trainer.reporting.intervals import Bars
 
 FROZEN = Path(__file__).parent / "report_keys.json"
@@ -197,6 +200,97 @@ def test_jobs_among_the_sources_are_parents(tmp_path: Path) -> None:
     assert sources == {"model": "sha256:base", "train.0": "sha256:rows"}
 
 
+def written(folder: Path, stage: str, kind: str, inputs: dict[str, str], **details: Any) -> None:
+    """Write the record of a stage that took an hour, before the others."""
+    (folder / stage).mkdir()
+    value = record(kind, {"peakMemoryBytes": 2.0**30, "trainingSeconds": 3600.0}, **details)
+    changes = {"stage": stage, "input_digests": inputs, "digest": f"sha256:{stage}",
+               "started_at": "2025-12-31T00:00:00Z"}  # fmt: skip
+    text = value.model_copy(update=changes).model_dump_json(by_alias=True)
+    (folder / stage / "record.json").write_text(text)
+
+
+def test_all_stages_of_the_run_are_counted_and_none_of_an_earlier_one(tmp_path: Path) -> None:
+    inputs, stages = evaluated(tmp_path), tmp_path / "stages"
+    read = {"reward": "sha256:reward", "model": "sha256:base", "train.0": "sha256:rows"}
+    path = inputs["tuned"] / "record.json"
+    value = json.loads(path.read_text())
+    path.write_text(json.dumps(value | {"inputDigests": read}))
+    written(stages, "reward", "reward", {"pairs": "sha256:pairs"})
+    written(stages, "pairs", "pairs", {"preferences.0": "sha256:other"})
+    written(stages, "old", "reward", {"model": "sha256:base"})  # read by no stage of the run
+    found = reported(tmp_path, inputs)
+    assert {each.name for each in found.stages} == {"prepare", "sft", "evaluate", "reward", "pairs"}
+    assert found.seconds == sum(each.seconds for each in found.stages) > 7200
+    memory = {each.stage: each.measured_bytes for each in found.memory}
+    assert memory == {"reward": 2**30, "sft": 1610612736}
+    assert found.ledger == []  # of the data of the result alone
+
+
+@pytest.mark.parametrize("searched", ["sha256:rows", "sha256:earlier"])
+def test_items_of_suites_in_the_training_data_are_a_warning_of_the_report(
+    tmp_path: Path, searched: str
+) -> None:
+    leak = {"item": "a.jsonl row 1", "training": "train.jsonl row 2", "span": "which lamp"}
+    leaks = {"items": 1, "checked": 9, "examples": [leak]}
+    inputs = evaluated(tmp_path)
+    written(tmp_path / "stages", "leaks", "leaks", {"train.0": searched}, leaks=leaks)
+    found = reported(tmp_path, inputs)
+    said = [each for each in found.warnings if "1 of 9 items of suites have text" in each]
+    assert bool(said) == (searched == "sha256:rows")
+    card = (tmp_path / "result/README.md").read_text("utf-8")
+    assert ("items of suites" in card) == bool(said)
+
+
+def test_prompts_rewards_and_judges_are_sources_and_what_only_measures_is_none(
+    tmp_path: Path,
+) -> None:
+    inputs = evaluated(tmp_path)
+    for stage, kind, read in (
+        ("tuned", "grpo", {"model": "sha256:base", "prompts": "sha256:prompts",
+                           "reward": "sha256:reward", "reward.1": "sha256:second"}),
+        ("evaluation", "evaluate", {"model": "sha256:base", "judge": "sha256:judge"}),
+    ):  # fmt: skip
+        path = inputs[stage] / "record.json"
+        value = json.loads(path.read_text()) | {"kind": kind, "inputDigests": read}
+        path.write_text(json.dumps(value))
+    judge = {"judge": {"model": {"uri": "hf://a/judge"}}}
+    spec = {
+        "model": {"uri": "job://before"},
+        "rewardModel": {"model": {"uri": "hf://a/reward"}},
+        "rewardTerms": [{"rule": {"exactMatch": "answer"}}, {"model": {"uri": "hf://a/second"}}],
+        "optimize": {"grpo": {"prompts": {"uri": "pvc://data/prompts.jsonl"}}},
+        "evaluate": {"winRate": judge},
+    }
+    manifest = {"kind": "AlignmentJob", "metadata": {"name": "a"}, "spec": spec}
+    found = reported(tmp_path, inputs, manifest).lineage
+    assert [(each.role, each.uri, each.digest) for each in found.sources] == [
+        ("model", "job://before", "sha256:base"),
+        ("prompts", "pvc://data/prompts.jsonl", "sha256:prompts"),
+        ("reward", "hf://a/reward", "sha256:reward"),
+        ("reward.1", "hf://a/second", "sha256:second"),
+        ("train.0", "", "sha256:rows"),
+    ]
+    assert [each.uri for each in found.parents] == ["job://before"]
+
+
+def test_the_judge_of_a_feedback_is_a_source(tmp_path: Path) -> None:
+    inputs, read = evaluated(tmp_path), {"labels": "sha256:labels"}
+    path = inputs["tuned"] / "record.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"inputDigests": read}))
+    written(tmp_path / "stages", "labels", "feedback",
+            {"judge": "sha256:judge", "prompts": "sha256:prompts"})  # fmt: skip
+    step = {"judge": {"model": {"uri": "hf://a/judge"}}, "prompts": {"uri": "pvc://data/p.jsonl"}}
+    spec = MANIFEST["spec"] | {"preferences": {"aiFeedback": step}}
+    found = reported(tmp_path, inputs, MANIFEST | {"spec": spec}).lineage.sources
+    assert {each.role: each.uri for each in found} == {
+        "model": "hf://acme/small-model",
+        "judge": "hf://a/judge",
+        "prompts": "pvc://data/p.jsonl",
+        "train.0": "file://data/train.jsonl",
+    }
+
+
 def test_a_job_that_measured_nothing_says_so(tmp_path: Path) -> None:
     inputs = folders(tmp_path / "stages", lines=[])
     for role in ("evaluation", "tuned"):
@@ -230,6 +324,63 @@ def test_tuning_was_worth_it_if_it_clearly_beats_examples_in_the_prompt(
         "Better: answers right rose from 25 % to 75 %.",
         "Nothing got clearly worse.",
     ]
+
+
+@pytest.mark.parametrize(
+    ("metric", "base", "tuned", "interval", "sentence"),
+    [
+        ("exactMatch", 0.501, 0.504, [0.001, 0.005], "exact match rose from 50.1 % to 50.4 %"),
+        ("validationLoss", 1.00012, 1.00011, [-2e-5, -1e-6],
+         "held-out loss fell from 1.00012 to 1.00011"),
+        ("exactMatch", 0.5, 0.504, [-0.1, 0.2], "exact match stayed at 50 %"),
+    ],
+)  # fmt: skip
+def test_a_clear_difference_is_not_said_to_be_none(
+    metric: str, base: float, tuned: float, interval: list[float], sentence: str
+) -> None:
+    metrics = {metric: tuned, prefixed("base", metric): base}
+    each = compared(metrics, {metric: {"differenceInterval": interval}})
+    found = words.summary([each], [], None, None)
+    clear = interval[0] > 0 or interval[1] < 0
+    assert f"{'Better' if clear else 'No clear difference'}: {sentence}." in found
+
+
+def test_a_difference_below_a_point_is_not_shown_as_0() -> None:
+    each = compared({"exactMatch": 0.504, "baseExactMatch": 0.5})
+    assert words.shown_difference(each.difference, each) == "+0.4 points"
+    assert words.shown_interval((0.001, 0.012), each, plus=True) == "+0.1 to +1 points"
+    assert words.shown_difference(0.0003, each) == "+0.03 points"
+    assert words.shown_interval((-1e-17, 0.3), each) == "0 to 30 %"
+
+
+def test_one_point_is_no_points_and_minus_is_one_sign() -> None:
+    each = compared({"exactMatch": 0.49, "baseExactMatch": 0.5})
+    assert words.shown_difference(-0.01, each) == "\u22121 point"
+    assert words.shown_difference(0.02, each) == "+2 points"
+    reward = compared({"reward": -1.5, "startReward": 1.5})
+    assert (words.shown(-1.5, reward), words.shown(1.5, reward)) == ("\u22121.500", "1.500")
+    assert words.shown(None, reward) == ABSENT
+
+
+@pytest.mark.parametrize(
+    ("increase", "said"),
+    [(0.0, "did not change"), (0.1, "rose by 0.100 nats per token"),
+     (-0.1, "fell by 0.100 nats per token")],
+)  # fmt: skip
+def test_the_loss_on_general_data_falls_only_if_it_does(increase: float, said: str) -> None:
+    general = Forgetting(base_loss=3.0, loss=3.0 + increase, increase=increase, allowed=0.2)
+    each = compared({"exactMatch": 0.5, "baseExactMatch": 0.5})
+    (found,) = [line for line in words.summary([each], [], general, None) if "general" in line]
+    assert found == f"The loss on general data {said}; the guard allows an increase of 0.200."
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_kind_of_suite_is_named(tmp_path: Path, kind: str) -> None:
+    suite = {"name": "words", kind: {"uri": "file://a.jsonl"}}
+    manifest = MANIFEST | {"spec": MANIFEST["spec"] | {"evaluate": {"suites": [suite]}}}
+    inputs = evaluated(tmp_path, metrics={"words/exactMatch": 0.5})
+    (found,) = reported(tmp_path, inputs, manifest).suites
+    assert (found.name, found.kind, found.metrics) == ("words", kind, ["words/exactMatch"])
 
 
 def test_words_that_differ_are_marked_unless_nearly_all_do() -> None:

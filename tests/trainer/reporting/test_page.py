@@ -135,7 +135,7 @@ def test_the_summary_says_first_what_changed_and_whether_it_was_worth_it(opened:
         "examples in the prompt, which cost 210 tokens in each request.",
         "The loss on general data rose by 0.100 nats per token; the guard allows an increase of "
         "0.100.",
-        "1 of 2 gates is not met: grammar/accuracy (insufficient evidence).",
+        "1 of 2 gates is not met: grammar/accuracy (advisory, insufficient evidence).",
     ]
 
 
@@ -160,6 +160,13 @@ def test_hostile_texts_are_texts_and_control_characters_are_replaced(opened: Ope
     assert page.locator("script").count() == 1
     shown = page.locator(".answer").nth(3).locator(".question").inner_text()
     assert shown == HOSTILE.replace("\x1b", "\ufffd").replace("\u202e", "\ufffd")
+
+
+def test_on_a_phone_no_number_of_a_table_of_numbers_is_cut(opened: Open) -> None:
+    cells = "<td>Dropped as too long</td><td class=number>12</td><td class=number>7,984</td>"
+    table = opened(viewport=PHONE).locator(".wide").first
+    table.evaluate("(each, cells) => each.innerHTML = `<table><tr>${cells}</tr></table>`", cells)
+    assert table.evaluate("each => each.scrollWidth <= each.clientWidth")
 
 
 def test_the_policy_of_the_page_lets_no_other_script_run(opened: Open, file: Path) -> None:

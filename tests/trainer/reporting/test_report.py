@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM
 from tests.trainer.finished import HOSTILE, LINES, MANIFEST, folders
 from tuneyard.api.adapters import Adapter
 from tuneyard.api.plan import StageRecord
+from tuneyard_trainer.data.encoding.masks import Run
 from tuneyard_trainer.data.encoding.tokenization import Encoded, Encoder
 from tuneyard_trainer.data.ledger import Ledger, ledger_details
 from tuneyard_trainer.data.prepared import RowWriter
@@ -30,7 +31,9 @@ from tuneyard_trainer.data.reading.example import Example, Message
 from tuneyard_trainer.models import adapters
 from tuneyard_trainer.reporting import plots, report
 from tuneyard_trainer.reporting.card import fenced, write_card
+from tuneyard_trainer.reporting.document import document
 from tuneyard_trainer.reporting.model_index import model_index
+from tuneyard_trainer.reporting.page import Pictures, render
 from tuneyard_trainer.reporting.results import Results
 from tuneyard_trainer.reporting.summary import RunSummary, shareable
 
@@ -301,6 +304,23 @@ def test_passwords_and_signatures_in_uris_are_removed(tmp_path: Path) -> None:
     assert found.spec["data"]["train"][0]["uri"] == "https://host.example/rows.jsonl"
     assert "hunter" not in write_card(found)
     assert shareable({"uri": "file://a b/c#1?.txt"}) == {"uri": "file://a b/c#1?.txt"}
+    judge = {"endpoint": {"url": "https://me:hunter4@judge.example/v1?key=hunter5", "model": "j"}}
+    found = run_summary(tmp_path / "judged", evaluate={"winRate": {"judge": judge}})
+    shown = found.spec["evaluate"]["winRate"]["judge"]["endpoint"]
+    assert shown == {"url": "https://judge.example/v1", "model": "j"}
+
+
+@pytest.mark.parametrize(
+    ("uri", "shown"),
+    [
+        ("s3://key:se@cret@bucket/a/b", "s3://bucket/a/b"),
+        ("s3://user:x@[bucket/a?b", "s3://[bucket/a"),
+        ("folder/a@b", "folder/a@b"),
+        ("pkg://package/a.gguf", "pkg://package/a.gguf"),
+    ],
+)
+def test_secrets_are_removed_from_any_uri(uri: str, shown: str) -> None:
+    assert shareable([{"uri": uri}]) == [{"uri": shown}]
 
 
 # ---- the card -----------------------------------------------------------------------------------
@@ -481,6 +501,15 @@ def test_any_history_is_plotted_without_a_warning(
     (tmp_path / "loss.png").write_bytes(plots.draw(plots.Curves.read(path), "A $name_x"))
     with Image.open(tmp_path / "loss.png") as image:
         assert image.size == (1600, 1000)
+
+
+def test_a_long_title_is_inside_the_plot() -> None:
+    """A name of 40 characters, and the longest of the first rows of a comparison."""
+    title = f"{'support-assistant-in-english-and-danish-2'[:40]}: reward model accuracy 50 % by chance → 100 %"
+    curves = plots.Curves((plots.Panel("Loss", "loss", [(1, 1.0)], []),), [(1, 1.0)])
+    with Image.open(io.BytesIO(plots.draw(curves, title))) as image:
+        edge = image.convert("L").crop((image.width - 20, 0, image.width, 120))
+    assert edge.getextrema() == (255, 255)
 
 
 def test_curves_ignore_a_missing_file_and_an_incomplete_last_line(tmp_path: Path) -> None:
@@ -674,6 +703,60 @@ def test_documents_replayed_data_and_gaps_are_named_and_counted(tmp_path: Path) 
     assert labels["Data, train.1, file://data/general.jsonl"] == "sha256:replayed"
     assert labels["Data, documents, file://data/manuals"] == "sha256:documents"
     assert "| Contexts with the right passage | 22 of 30 |" in write_card(summary)
+
+
+def test_names_and_places_on_the_page_have_no_control_characters(tmp_path: Path) -> None:
+    name = "\x1b[2J\u202e<b>"
+    inputs = folders(tmp_path / "stages")
+    path = inputs["evaluation"] / "record.json"
+    value = json.loads(path.read_text())
+    value["metrics"][f"{name}/accuracy"] = 0.5
+    path.write_text(json.dumps(value))
+    data = {"train": [{"uri": f"file://{name}.jsonl", "format": "auto"}]}
+    manifest = MANIFEST | {"spec": MANIFEST["spec"] | {"data": data}}
+    (tmp_path / "result").mkdir()
+    report.write(
+        tmp_path / "result", inputs, manifest=manifest, measured={}, base_license=None
+    )  # fmt: skip
+    for file in ("report.html", "README.md"):
+        text = (tmp_path / "result" / file).read_text("utf-8")
+        assert "\ufffd[2J" in text
+        assert not set("\x1b\u202e") & set(text)
+    assert "&lt;b&gt;: accuracy" in (tmp_path / "result/report.html").read_text("utf-8")
+
+
+def test_completions_of_preferences_are_said_to_be_better_and_worse_ones(tmp_path: Path) -> None:
+    inputs = folders(tmp_path / "stages")
+    said = "the better and the worse ones"
+    for kind, expected in (("prepare", False), ("pairs", True)):
+        path = inputs["data"] / "record.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"kind": kind}))
+        (tmp_path / kind).mkdir()
+        summary = RunSummary.of(tmp_path / kind, inputs, MANIFEST, {}, None)
+        found = document(summary, inputs, [[Run("Which?", False), Run("This.", True)]], [])
+        page = render(found, summary, Pictures(b"", b""), [])
+        assert (said in page) == expected
+
+
+def test_the_adapter_of_a_reward_model_is_that_of_its_own_training(tmp_path: Path) -> None:
+    inputs = folders(tmp_path / "stages")
+    train = {"adapter": {"lora": {"rank": 4, "alpha": 8}}}
+    for adapter, said in ((train, "with LoRA."), ({}, "with full fine-tuning.")):
+        spec = {"model": {"uri": "hf://a/b"}, "rewardModel": {"train": adapter}}
+        manifest = {"kind": "AlignmentJob", "metadata": {"name": "r"}, "spec": spec}
+        summary = RunSummary.of(tmp_path, inputs, manifest, {}, None)
+        assert summary.sentence == f"hf://a/b, trained as a reward model on preferences {said}"
+        shown = dict(summary.settings)["Adapter"]
+        assert shown == ("LoRA; rank 4, alpha 8" if adapter else "none: all weights were trained")
+
+
+def test_a_random_choice_is_not_called_the_base_model(tmp_path: Path) -> None:
+    inputs = folders(tmp_path / "stages")
+    path = inputs["evaluation"] / "record.json"
+    value = json.loads(path.read_text())
+    path.write_text(json.dumps(value | {"metrics": {"winRate": 0.75}, "details": {}}))
+    card = write_card(RunSummary.of(tmp_path, inputs, MANIFEST, {}, None))
+    assert "| Win rate by the judge | 50 % by chance | 75 % |" in card
 
 
 def test_a_record_without_a_ledger_has_none_on_the_page(folder: Path) -> None:

@@ -24,8 +24,11 @@ class Requests:
 
 
 @contextmanager
-def serving(status: int | None) -> Iterator[Requests]:
-    """Run a server that answers each request with this status. None: it never answers."""
+def serving(
+    status: int | None, message: str = "who?", location: str | None = None
+) -> Iterator[Requests]:
+    """Run a server that answers each request with this status and message. None: it never answers.
+    `location`: where it sends clients to; None: nowhere."""
     asked = Requests("")
 
     class Handler(BaseHTTPRequestHandler):
@@ -36,9 +39,11 @@ def serving(status: int | None) -> Iterator[Requests]:
             if status is None:
                 asked.released.wait()
                 return
-            body = json.dumps({"error_code": "PERMISSION_DENIED", "message": "who?"}).encode()
+            body = json.dumps({"error_code": "PERMISSION_DENIED", "message": message}).encode()
             self.send_response(status)
             self.send_header("Content-Length", str(len(body)))
+            if location is not None:
+                self.send_header("Location", location + self.path)
             self.end_headers()
             self.wfile.write(body)
 

@@ -226,6 +226,77 @@ def test_the_token_is_sent_as_a_header_and_is_nowhere_else(
     assert not [text for text in texts if TOKEN in text]
 
 
+def refused(folder: Path, status: int, message: str = "who?", **settings: Any) -> tuple[str, Any]:
+    """Track a job at a server that answers so. Return the warning and what the server was asked."""
+    made = Scene(folder)
+    with serving(status, message) as asked:
+        made.plan = tracked(folder, asked.url, **settings)
+        with made.followed(tracker(made.plan)) as tracking:
+            tracking.follow(running())
+    return made.said[0], asked
+
+
+SECRET = {"tokenSecret": {"name": "mlflow", "key": "token"}}
+
+
+def test_a_token_that_a_server_repeats_is_in_no_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(VARIABLE, TOKEN)
+    warning, _ = refused(tmp_path, 401, f"Bearer {TOKEN} is not valid", **SECRET)
+    assert "Bearer (token) is not valid" in warning
+    assert TOKEN not in warning
+
+
+@pytest.mark.parametrize("token", [f"{TOKEN}\nsecond", f"{TOKEN} second", f"{TOKEN}\u2026"])
+def test_a_token_that_no_header_can_have_ends_the_job_and_is_in_no_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, token: str
+) -> None:
+    monkeypatch.setenv(VARIABLE, token)
+    plan = tracked(tmp_path, "http://mlflow", **SECRET)
+    with pytest.raises(StageError) as caught, tracker(plan).environment():
+        pass
+    assert caught.value.reason == "SecretMissing"
+    assert "line breaks, spaces or characters that are not ASCII" in caught.value.message
+    assert TOKEN not in f"{caught.value.message}{caught.value.advice}"
+
+
+def test_a_token_of_the_environment_is_sent_only_if_the_manifest_names_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", TOKEN)
+    _, asked = refused(tmp_path / "a", 403)
+    assert asked.headers
+    assert not [headers for headers in asked.headers if "Authorization" in headers]
+    assert os.environ["MLFLOW_TRACKING_TOKEN"] == TOKEN
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "me")
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "hunter2")
+    _, asked = refused(tmp_path / "b", 403, **SECRET)
+    assert {headers["Authorization"] for headers in asked.headers} == {f"Bearer {TOKEN}"}
+
+
+@pytest.mark.parametrize("status", [404, 429, 500, 503])
+def test_no_status_of_a_server_stops_a_job(tmp_path: Path, status: int) -> None:
+    warning, asked = refused(tmp_path, status)
+    assert "refuses a request" in warning
+    assert 1 <= len(asked.headers) <= follow.LAST_TRIES  # the client itself repeats nothing
+
+
+def test_a_redirect_to_another_host_does_not_get_the_token(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(VARIABLE, TOKEN)
+    made = Scene(tmp_path)
+    with serving(403) as other:
+        elsewhere = other.url.replace("127.0.0.1", "localhost")
+        with serving(302, location=elsewhere) as asked:
+            made.plan = tracked(tmp_path, asked.url, **SECRET)
+            with made.followed(tracker(made.plan)) as tracking:
+                tracking.follow(running())
+    assert {headers["Authorization"] for headers in asked.headers} == {f"Bearer {TOKEN}"}
+    assert not [headers for headers in other.headers if "Authorization" in headers]
+
+
 def test_a_server_that_never_answers_is_given_up_after_the_timeout(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

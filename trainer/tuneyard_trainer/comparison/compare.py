@@ -20,7 +20,7 @@ from tuneyard_trainer.comparison.metrics import metric_rows
 from tuneyard_trainer.comparison.notes import notes
 from tuneyard_trainer.comparison.sentences import sentences
 from tuneyard_trainer.comparison.settings import different
-from tuneyard_trainer.reporting.summary import shareable
+from tuneyard_trainer.reporting.summary import without_secrets
 
 
 def compare(outputs: Sequence[Named], found: Sequence[Fault] = ()) -> Comparison:
@@ -78,12 +78,12 @@ def _labels(jobs: Sequence[JobResult]) -> list[str]:
     """Return the names of the jobs, with the last part of the output where two have one name."""
     names = Counter(job.name for job in jobs)
     short = [
-        job.name if names[job.name] == 1 else f"{job.name} ({job.files.root.rpartition('/')[2]})"
+        job.name if names[job.name] == 1 else f"{job.name} ({job.files.place.rpartition('/')[2]})"
         for job in jobs
     ]
     again = Counter(short)
     return [
-        label if again[label] == 1 else f"{job.name} ({job.files.root})"
+        label if again[label] == 1 else f"{job.name} ({job.files.place})"
         for label, job in zip(short, jobs, strict=True)
     ]
 
@@ -93,7 +93,7 @@ def _job(label: str, job: JobResult) -> ComparedJob:
     return ComparedJob(
         label=label,
         name=job.name,
-        output=str(shareable({"uri": job.files.uri})["uri"]),
+        output=without_secrets(job.files.uri),
         sentence=reported.sentence,
         base_model=reported.base_model,
         method=reported.method,

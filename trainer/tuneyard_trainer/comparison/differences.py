@@ -97,7 +97,8 @@ def _unpaired(basis: Basis, first: Measured, second: Measured) -> Found:
 def unpaired_interval(first: Measured, second: Measured) -> Interval | None:
     """Return the 95% interval of the difference of two independent values from an interval of each
     (MOVER: Zou and Donner 2008, Statistics in Medicine 27(10); of shares with Wilson's intervals
-    it is Newcombe's hybrid score interval, 1998). None: an interval is unknown.
+    it is Newcombe's hybrid score interval, 1998). None: an interval is unknown, or the ends are too
+    large for a float.
 
     For values of the same items it is too wide as a rule: it does not know that easy items are
     easy for both.
@@ -108,4 +109,4 @@ def unpaired_interval(first: Measured, second: Measured) -> Interval | None:
     value = second.value - first.value
     low = value - math.hypot(second.value - b.low, a.high - first.value)
     high = value + math.hypot(b.high - second.value, first.value - a.low)
-    return Interval(low, high)
+    return Interval(low, high) if math.isfinite(high - low) else None

@@ -9,11 +9,18 @@ from typing import Any
 
 import fsspec
 
+from tuneyard_trainer.reporting.formatting import harmless
+from tuneyard_trainer.reporting.summary import without_secrets
+
 ACCESS = "give this command access to the store by the environment, as the store's tools expect it"
 
 
 class OutputError(Exception):
-    """An output that cannot be read: the value, the reason and the remedy."""
+    """An output that cannot be read: the value, the reason and the remedy, in one line. Names in
+    the output may be of unknown origin: control characters are replaced."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(harmless(message).split()))
 
 
 @dataclass(frozen=True)
@@ -36,9 +43,9 @@ class OutputFiles:
         return cls(fs, str(root).rstrip("/"), uri)
 
     @property
-    def folder(self) -> Path | None:
-        """The output as a folder of this machine. None: it is in a store."""
-        return None if "://" in self.uri else Path(self.root)
+    def place(self) -> str:
+        """The whole path of the folder, or the URL without secrets; no "/" at its end."""
+        return without_secrets(self.uri).rstrip("/") if "://" in self.uri else self.root
 
     @property
     def identity(self) -> tuple[str, str]:

@@ -18,7 +18,9 @@ from tuneyard_trainer.comparison.files import OutputError, OutputFiles
 from tuneyard_trainer.comparison.item_keys import AskedItems, line_digests, suite_sources
 from tuneyard_trainer.comparison.measurements import Measurements, interval_of
 from tuneyard_trainer.comparison.report_of import report_of
+from tuneyard_trainer.comparison.units import unit_of
 from tuneyard_trainer.reporting.summary import shareable
+from tuneyard_trainer.storage.records import EARLIER_FILE, OWNER_FILE
 
 HELD_OUT = "validation.jsonl"
 _RESULT = "result"
@@ -33,7 +35,8 @@ class Named:
     uri: str
     """Folder or URL of the output."""
     manifest: Mapping[str, Any] | None = None
-    """The job's manifest with its defaults. None: the output has it, if the job has ended."""
+    """The job's manifest with its defaults, which may have changed since the job ran: it stands in
+    for that of an output without one. None: it is not known."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,10 @@ class JobResult:
             interval = interval_of(row.tuned_interval)
         return Measured(value, interval, self.measurements.values(metric))
 
+    def unit(self, metric: str) -> str:
+        """Return a text that is equal for jobs whose values of a metric can be compared."""
+        return unit_of(metric, self.manifest, self.asked.sources)
+
     def num_items(self, metric: str) -> int | None:
         """Return the items that a metric is the mean of. None: unknown."""
         return self.measurements.num_items(metric)
@@ -108,10 +115,11 @@ def read_job(named: Named) -> JobResult:
             f"{', '.join(changed)} changed after the evaluation: run the job, which evaluates the "
             "new model"
         )
-    manifest = shareable(named.manifest) if named.manifest else _manifest(files)
+    manifest = _manifest(files) or shareable(named.manifest or {})
+    known = manifest or {"metadata": {"name": _name(files)}}
     by_kind: dict[str, StageRecord] = {record.kind: record for record in records}
     evaluated = next((by_kind[kind] for kind in EVALUATION_KINDS if kind in by_kind), None)
-    report = report_of(files, stored, records, manifest, evaluation)
+    report = report_of(files, stored, records, known, evaluation)
     sources = evaluated.input_digests if evaluated else {}
     suites = evaluated.details.get("suites") if evaluated else None
     asked = AskedItems(
@@ -145,13 +153,23 @@ def _records(found: Mapping[str, Any]) -> list[StageRecord]:
 
 
 def _manifest(files: OutputFiles) -> Mapping[str, Any]:
-    """Return the manifest that the export stage wrote. {}: it has not run."""
+    """Return the manifest that the export stage wrote. {}: it has not run, or in an earlier run,
+    whose settings are others."""
+    if files.read(f"{_RESULT}/{EARLIER_FILE}") is not None:
+        return {}
     text = files.read(f"{_RESULT}/job.yaml") or files.read("job.yaml")
     try:
         value = shareable(yaml.safe_load(text)) if text else {}
     except (yaml.YAMLError, UnicodeDecodeError, AttributeError, TypeError) as error:
         raise OutputError("job.yaml is damaged and cannot be read: copy it again") from error
     return value if isinstance(value, dict) else {}
+
+
+def _name(files: OutputFiles) -> str:
+    """Return the name of the job that owns the output, or else of the output's folder."""
+    owner = (files.json(OWNER_FILE) or {}).get("job")
+    name = owner.get("name") if isinstance(owner, dict) else None
+    return str(name or files.place.rpartition("/")[2])
 
 
 def _held_out(

@@ -33,14 +33,17 @@ def _row(name: str, jobs: Sequence[JobResult], rows: Sequence[Reported | None]) 
         for job, row in zip(jobs, rows, strict=True)
     ]
     direction = known[0].higher_is_better
-    labels = [None if row is None else row.label for row in rows]
-    differences = [*_differences(measured, counts, labels, direction)]
+    units = [
+        None if row is None else (row.label, job.unit(name))
+        for job, row in zip(jobs, rows, strict=True)
+    ]
+    differences = [*_differences(measured, counts, units, direction)]
     return MetricRow(
         metric=name,
         label=known[0].label,
         is_share=all(row.is_share for row in known),
         higher_is_better=direction,
-        base=_agreed([row.base for row in known]),
+        base=_agreed([None if row.base_is_chance else row.base for row in known]),
         values=[None if each is None else each.value for each in measured],
         intervals=[each.interval if each else None for each in measured],
         items=counts,
@@ -61,15 +64,15 @@ def _agreed(values: Sequence[float | None]) -> float | None:
 def _differences(
     measured: Sequence[Measured | None],
     counts: Sequence[int | None],
-    labels: Sequence[str | None],
+    units: Sequence[tuple[str, str] | None],
     higher: bool | None,
 ) -> Iterator[Difference]:
-    """Yield the difference of each two jobs. The label has the unit: a loss of preferences is not
-    one in nats per token."""
+    """Yield the difference of each two jobs. `units`: the label, which has the unit (a loss of
+    preferences is not one in nats per token), and what it was measured by."""
     for (i, first), (j, second) in combinations(enumerate(measured), 2):
         if first is None or second is None:
             continue
-        same_unit = labels[i] == labels[j]
+        same_unit = units[i] == units[j]
         found = difference(first, second) if same_unit else Found("otherUnit", None, None, None)
         fewest = min((n for n in (found.items, counts[i], counts[j]) if n is not None), default=0)
         yield Difference(

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from tuneyard.api.comparison import Difference, MetricRow
 from tuneyard.api.evaluation import FEWEST_PAIRED_ITEMS
+from tuneyard.api.stage_settings import TRAINING_KINDS
 from tuneyard_trainer.comparison.costs import trained
 from tuneyard_trainer.comparison.item_keys import digest_of_all
 from tuneyard_trainer.comparison.job_result import JobResult
@@ -15,8 +16,9 @@ from tuneyard_trainer.reporting.formatting import count
 SHORT = 12
 """Characters of a digest that are shown."""
 _REASONS = {
-    "otherUnit": "{metrics} of {jobs} {have} other units and {are} not compared: the loss is of "
-    "another kind, or counts other tokens, as with another tokenizer or chat template.",
+    "otherUnit": "{metrics} of {jobs} {have} other units, or unknown ones, and {are} not compared: "
+    "the loss is of another kind or counts other tokens, as with another tokenizer or chat "
+    "template, or another reward, judge, start model or check measured the answers.",
     "otherRows": "{metrics} of {jobs} {are} of other rows: the difference may come from the rows, "
     "and no job is called better.",
     "unpaired": "{metrics} of {jobs} {are} compared by unpaired intervals, which are wider: it is "
@@ -64,10 +66,16 @@ def _short(digest: str) -> str:
 
 def _not_evaluated(names: Sequence[str], jobs: Sequence[JobResult]) -> Iterator[str]:
     for name, job in zip(names, jobs, strict=True):
-        if not job.evaluated:
+        if not any(stage.kind in TRAINING_KINDS for stage in job.report.stages):
+            yield (
+                f"{name} has not trained a model: it failed, was stopped, or still runs. Only what "
+                "it has is compared: run it to its end."
+            )
+        elif not job.evaluated:
             yield (
                 f"{name} has no evaluation, so only its training and its settings are compared: "
-                "hold out rows (data.validation) or set evaluate.suites, and run it again."
+                "hold out rows (data.validation, or preferences.heldOut of an alignment) or set "
+                "evaluate.suites, and run it to its end."
             )
 
 
@@ -187,14 +195,18 @@ def _excludes_zero(difference: Difference) -> bool:
     )
 
 
+def _device(details: Mapping[str, object]) -> str:
+    """Return a device with the number of workers; "": it is unknown."""
+    workers = details.get("workers", 1)
+    device = details.get("device")
+    return f"{device} ({workers} worker{'' if workers == 1 else 's'})" if device else ""
+
+
 def _other_devices(names: Sequence[str], jobs: Sequence[JobResult]) -> Iterator[str]:
     details: list[Mapping[str, object]] = [
         record.details if (record := trained(job)) else {} for job in jobs
     ]
-    devices = [
-        f"{each['device']} ({each.get('workers', 1)} workers)" if each.get("device") else ""
-        for each in details
-    ]
+    devices = [_device(each) for each in details]
     groups = _grouped(names, devices)
     if len(groups) > 1:
         parts = [f"{listed(group)} on {device}" for device, group in groups.items()]

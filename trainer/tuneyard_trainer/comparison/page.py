@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tuneyard.api.comparison import ComparedAnswer, Comparison, Cost, Difference, MetricRow
-from tuneyard_trainer.reporting.formatting import ABSENT, count, duration, harmless, size
+from tuneyard_trainer.reporting.formatting import ABSENT, count, duration, size
 from tuneyard_trainer.reporting.intervals import Bars
 from tuneyard_trainer.reporting.job_curves import JOB_COLORS, JobCurves, draw_jobs
 from tuneyard_trainer.reporting.page import MOST_SHOWN, Pictures, rendered
@@ -75,7 +75,7 @@ def _bars(row: MetricRow) -> Bars | None:
 def _first_text(answer: ComparedAnswer) -> str | None:
     """Return the completion of the first job. None: it has none."""
     first = answer.completions[0]
-    return None if first is None else harmless(first.text)
+    return None if first is None else first.text
 
 
 def _spent(value: float | None, cost: Cost) -> str:

@@ -7,18 +7,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from pydantic import ValidationError
 
 from tuneyard.api.plan import StageRecord
-from tuneyard.api.report import REPORT, VERSION, JobReport
+from tuneyard.api.report import REPORT, VERSION, JobReport, ReportedJob
 from tuneyard.api.stage_settings import EVALUATION_KINDS
 from tuneyard_trainer.comparison.files import OutputError, OutputFiles
-from tuneyard_trainer.reporting.document import document
+from tuneyard_trainer.reporting.document import EVALUATION, document
 from tuneyard_trainer.reporting.plots import Curves
 from tuneyard_trainer.reporting.results import Results, last_trained
 from tuneyard_trainer.reporting.summary import RunSummary
+from tuneyard_trainer.training.history import METRICS
 
 NEWER = "use the version of tuneyard that wrote it, or a newer one"
 
@@ -30,7 +32,8 @@ def report_of(
     manifest: Mapping[str, Any],
     evaluation: Mapping[str, Any],
 ) -> JobReport:
-    """Return the report of a job. Raises OutputError.
+    """Return the report of a job. Raises OutputError. `manifest`: without `spec` if the settings
+    are not known.
 
     `stored`: the report in the output, as JSON; None: there is none. `evaluation`: the contents of
     `evaluation.json`; {}: there is none.
@@ -41,13 +44,8 @@ def report_of(
         not records or all(stage.digest in digests for stage in found.stages)
     ):
         return found
-    if files.folder is None:
-        raise OutputError(
-            f"has no {REPORT} of its present stages: run the job again with this version of "
-            "tuneyard, or copy the output to a folder of this machine and give the folder"
-        )
     try:
-        return _written_anew(files.folder, records, manifest, evaluation)
+        return _written_anew(files, records, manifest, evaluation)
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise OutputError(
             f"the files of its stages cannot be read ({type(error).__name__}: {error}): use the "
@@ -71,7 +69,7 @@ def _read(stored: Mapping[str, Any]) -> JobReport:
 
 
 def _written_anew(
-    folder: Path,
+    files: OutputFiles,
     records: Sequence[StageRecord],
     manifest: Mapping[str, Any],
     evaluation: Mapping[str, Any],
@@ -82,22 +80,42 @@ def _written_anew(
         evaluated = [_without_export(kept[-1], evaluation)]
     by_stage = {record.stage: record for record in (*kept, *evaluated)}
     trained = last_trained(kept)
-    stage = folder / "stages" / (trained.stage if trained else "")
-    summary = RunSummary(
-        manifest=manifest,
-        records=by_stage,
-        results=Results.of(by_stage),
-        curves=Curves.read(stage / "metrics.jsonl", trained.kind if trained else "sft"),
-        measured={},
-        base_license=None,
-        has_adapter=False,
-        has_model=False,
-        has_chat_template=False,
+    with TemporaryDirectory() as scratch:
+        copy = Path(scratch)
+        if trained:
+            _copy(files, f"stages/{trained.stage}/{METRICS}", copy / METRICS)
+        if evaluated:
+            _copy(files, f"stages/{evaluated[-1].stage}/{EVALUATION}", copy / EVALUATION)
+        summary = RunSummary(
+            manifest=manifest,
+            records=by_stage,
+            stages=[*by_stage.values()],
+            results=Results.of(by_stage),
+            curves=Curves.read(copy / METRICS, trained.kind if trained else "sft"),
+            measured={},
+            base_license=None,
+            has_adapter=False,
+            has_model=False,
+            has_chat_template=False,
+        )
+        found = document(summary, {"evaluation": copy} if evaluated else {}, [], [])
+    return found if "spec" in manifest else _without_settings(found)
+
+
+def _copy(files: OutputFiles, name: str, target: Path) -> None:
+    """Copy a file of the output, if there is one."""
+    content = files.read(name)
+    if content is not None:
+        target.write_bytes(content)
+
+
+def _without_settings(report: JobReport) -> JobReport:
+    """Return a report that says nothing of settings that are not known."""
+    job = report.job
+    known = ReportedJob(
+        name=job.name, kind=job.kind, base_model="", method="", versions=job.versions
     )
-    inputs = {}
-    if evaluated:
-        inputs["evaluation"] = folder / "stages" / evaluated[-1].stage
-    return document(summary, inputs, [], [])
+    return report.model_copy(update={"job": known})
 
 
 def _without_export(before: StageRecord, evaluation: Mapping[str, Any]) -> StageRecord:

@@ -116,7 +116,9 @@ def share_interval(right: int, count: int) -> Interval:
     center = (share + square / (2 * count)) / (1 + square / count)
     spread = math.sqrt(share * (1 - share) / count + square / (4 * count**2))
     half = QUANTILE * spread / (1 + square / count)
-    return Interval(max(0.0, center - half), min(1.0, center + half))
+    low, high = max(0.0, center - half), min(1.0, center + half)
+    # The end of a share of none or of all is exact; the arithmetic gives 2.8e-17 for some.
+    return Interval(low if right else 0.0, high if right < count else 1.0)
 
 
 def flip_interval(gained: int, lost: int, count: int) -> Interval:

@@ -55,7 +55,7 @@ def _front_matter(summary: RunSummary) -> str:
         values["datasets"] = datasets
     if index := model_index(summary.name, values["pipeline_tag"], summary.results.measured):
         values["model-index"] = index
-    return f"---\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True)}---"
+    return f"---\n{harmless(yaml.safe_dump(values, sort_keys=False, allow_unicode=True))}---"
 
 
 def _library(summary: RunSummary) -> str:

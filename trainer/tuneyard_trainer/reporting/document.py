@@ -29,6 +29,7 @@ from tuneyard.api.report import (
     Tokens,
 )
 from tuneyard.api.stage_settings import EVALUATION_KINDS, SUPERVISED_KINDS, TRAINING_KINDS
+from tuneyard.api.suites import KINDS
 from tuneyard_trainer.data.encoding.masks import Run
 from tuneyard_trainer.reporting import plots, words
 from tuneyard_trainer.reporting.answered import answers
@@ -37,6 +38,8 @@ from tuneyard_trainer.reporting.results import Sample, last_trained, seconds_of_
 from tuneyard_trainer.reporting.summary import RunSummary
 
 EVALUATION = "evaluation.json"
+MEASURING_KINDS = (*EVALUATION_KINDS, "leaks")
+"""The kinds of stages that the result is not made by."""
 MOST_POINTS = 1000
 """Points of a curve; longer ones are thinned."""
 
@@ -91,11 +94,11 @@ def document(
                 measured_bytes=_whole(record.metrics.get("peakMemoryBytes")),
                 planned_bytes=_whole(record.details.get("plannedMemoryBytes")),
             )
-            for record in summary.records.values()
+            for record in summary.stages
             if record.kind in TRAINING_KINDS
         ],
-        stages=[_stage(record) for record in summary.records.values()],
-        seconds=sum(map(seconds_of_attempts, summary.records.values())),
+        stages=[_stage(record) for record in summary.stages],
+        seconds=sum(map(seconds_of_attempts, summary.stages)),
         tokens=_tokens(summary, training),
         lineage=_lineage(summary),
         files=[File(name=name, description=what) for name, what in files],
@@ -174,7 +177,7 @@ def _suites(
     planned = (summary.spec.get("evaluate") or {}).get("suites") or []
     kinds = {
         str(suite.get("name") or (suite.get("task") or {}).get("name", "")): next(
-            (kind for kind in ("choices", "refusals", "task") if suite.get(kind)), ""
+            (kind for kind in KINDS if suite.get(kind)), ""
         )
         for suite in planned
     }
@@ -245,19 +248,22 @@ def _lineage(summary: RunSummary) -> Lineage:
 
 
 def _sources(summary: RunSummary) -> Iterator[Source]:
-    training = last_trained(summary.records.values())
-    data = summary.record("prepare", "pairs")
+    """Yield what the stages that made the result read and no stage wrote: the model, then others by
+    role."""
+    written = {record.digest for record in summary.stages}
     revision = summary.spec.get("model", {}).get("revision")
-    if training and "model" in training.input_digests:
-        yield Source(
-            role="model",
-            uri=summary.base,
-            revision=None if revision is None else str(revision),
-            digest=training.input_digests["model"],
-        )
-    for role, digest in sorted(data.input_digests.items() if data else ()):
-        if role != "model":
-            yield Source(role=role, uri=summary.data_uri(role), digest=digest)
+    found: dict[tuple[str, str], Source] = {}
+    for record in summary.stages:
+        for role, digest in record.input_digests.items():
+            uri = summary.source_uri(record.kind, role)
+            is_source = uri or record.kind in ("prepare", "pairs")
+            if record.kind in MEASURING_KINDS or digest in written or not is_source:
+                continue
+            of_model = role == "model" and revision is not None
+            found[role, digest] = Source(
+                role=role, uri=uri, revision=str(revision) if of_model else None, digest=digest
+            )
+    yield from sorted(found.values(), key=lambda each: (each.role != "model", each.role))
 
 
 def _whole(value: Any) -> int | None:

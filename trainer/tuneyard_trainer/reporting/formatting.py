@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-import unicodedata
+import re
 
 ABSENT = "\N{EN DASH}"
 
@@ -71,17 +71,7 @@ def harmless(text: str) -> str:
     """Return text of unknown origin with U+FFFD for every character that could control a terminal
     or change the writing direction: control characters other than line feeds and tabs, surrogates
     and bidirectional controls. CRLF becomes a line feed."""
-    return "".join(
-        "\N{REPLACEMENT CHARACTER}" if _is_control(character) else character
-        for character in text.replace("\r\n", "\n")
-    )
+    return _CONTROLS.sub("\N{REPLACEMENT CHARACTER}", text.replace("\r\n", "\n"))
 
 
-def _is_control(character: str) -> bool:
-    category = unicodedata.category(character)
-    return (category == "Cc" and character not in "\n\t") or (
-        category == "Cs" or unicodedata.bidirectional(character) in _BIDIRECTIONAL_CONTROLS
-    )
-
-
-_BIDIRECTIONAL_CONTROLS = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069]")

@@ -99,11 +99,11 @@ def _environment() -> jinja2.Environment:
         loader=jinja2.PackageLoader("tuneyard_trainer.reporting"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
+        finalize=_finalized,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     environment.filters.update(
-        harmless=harmless,
         count=count,
         duration=duration,
         size=size,
@@ -124,6 +124,11 @@ def _environment() -> jinja2.Environment:
     return environment
 
 
+def _finalized(value: Any) -> Any:
+    """Return what the page shows of a value: texts without control characters."""
+    return harmless(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
 def _source(environment: jinja2.Environment, name: str) -> str:
     """Return the text of a file beside the template."""
     if environment.loader is None:
@@ -136,8 +141,9 @@ def _digest(script: str) -> str:
     return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
 
 
-def _data_uri(png: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
+def _data_uri(png: bytes) -> Markup:
+    text = base64.b64encode(png).decode("ascii")
+    return Markup(f"data:image/png;base64,{text}")  # noqa: S704 - base64 has no markup
 
 
 def _verdict(gate: GateResult) -> str:

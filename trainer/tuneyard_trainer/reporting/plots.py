@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -30,6 +31,8 @@ MAX_POINTS = 4000
 """Longer series are thinned before drawing: the plot is about 1300 pixels wide."""
 SMOOTHING_SHARE = 0.05
 """The smoothed line averages over this share of the run."""
+TITLE_CHARACTERS = 60
+"""Characters of a line of a title, in the picture's width."""
 FEW_POINTS = 20
 """At most this many values are drawn as points and are not smoothed."""
 
@@ -211,7 +214,7 @@ def png(
         fill(rows)
         rows[-1].set_xlabel("Optimizer step")
         rows[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
-        rows[0].set_title(title, loc="left", fontsize=15, fontweight="bold", pad=pad)
+        rows[0].set_title(_folded(title), loc="left", fontsize=15, fontweight="bold", pad=pad)
         for axes in rows:
             axes.set_facecolor(colors["background"])
             axes.grid(color=colors["grid"], linewidth=0.8)
@@ -220,6 +223,11 @@ def png(
         target = io.BytesIO()
         figure.savefig(target, format="png", metadata={"Software": None})
     return target.getvalue()
+
+
+def _folded(title: str) -> str:
+    """Return a title in lines that fit in the picture."""
+    return textwrap.fill(title, TITLE_CHARACTERS, break_on_hyphens=False)
 
 
 def _draw_panel(axes: Axes, panel: Panel, colors: Mapping[str, str]) -> None:

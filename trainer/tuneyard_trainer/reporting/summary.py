@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
 
 from pydantic import ValidationError
 
 from tuneyard.api.plan import StageRecord
+from tuneyard.api.stage_settings import StageKind
 from tuneyard_trainer.reporting.formatting import ABSENT, count, number
 from tuneyard_trainer.reporting.plots import Curves
 from tuneyard_trainer.reporting.preferences import statistic_lines
@@ -87,7 +87,10 @@ class RunSummary:
     manifest: Mapping[str, Any]
     """The job's manifest with its defaults, without the secret parts of URIs."""
     records: Mapping[str, StageRecord]
-    """By stage name, in the order of the stages; without the export stage, which is running."""
+    """By stage name, of the stages that the export reads: the data, the result, the evaluation."""
+    stages: Sequence[StageRecord]
+    """Of all stages of this run in the order of their times, such as that of a reward model;
+    without the export stage, which is running."""
     results: Results
     curves: Curves
     measured: Mapping[str, float]
@@ -112,11 +115,14 @@ class RunSummary:
             _record(inputs[role]) for role in ("data", "tuned", "evaluation") if role in inputs
         ]
         records = {record.stage: record for record in found if record is not None}
+        stages = _stages_of_run(inputs["tuned"].parent, records)
+        searched = {record.stage: record for record in stages if record.kind == "leaks"}
         trained = last_trained(records.values())
         return cls(
             manifest=shareable(manifest),
             records=records,
-            results=Results.of(records),
+            stages=stages,
+            results=Results.of({**records, **searched}),
             curves=Curves.read(
                 inputs["tuned"] / "metrics.jsonl", trained.kind if trained else "sft"
             ),
@@ -168,7 +174,14 @@ class RunSummary:
     @property
     def adapter(self) -> str | None:
         """The adapter's kind. None: full fine-tuning."""
-        return next(iter(self.spec.get("adapter") or {}), None)
+        return next(iter(self._adapter_spec), None)
+
+    @property
+    def _adapter_spec(self) -> Mapping[str, Any]:
+        """The manifest's adapter of the step that produced the result; {}: all weights."""
+        train = (self.spec.get("rewardModel") or {}).get("train") or {}
+        step = train if self.is_reward_model else self.spec
+        return step.get("adapter") or {}
 
     @property
     def sentence(self) -> str:
@@ -180,6 +193,11 @@ class RunSummary:
     def record(self, *kinds: str) -> StageRecord | None:
         """Return the record of the first stage of one of these kinds. None: there is none."""
         return next((record for record in self.records.values() if record.kind in kinds), None)
+
+    @property
+    def is_of_preferences(self) -> bool:
+        """Whether the result was trained on preferences, whose rows are completions."""
+        return self.record("pairs") is not None
 
     # ---- sections -------------------------------------------------------------------------------
 
@@ -211,6 +229,35 @@ class RunSummary:
             kept=value["kept"],
             outcomes=", ".join(f"{count(value[name])} {name}" for name in names) or ABSENT,
         )
+
+    def source_uri(self, kind: StageKind, role: str) -> str:
+        """Return the URI of what a stage of this kind reads in this role; "": another stage wrote
+        it."""
+        step, spec = self._step(kind), self.spec
+        models = {
+            "judge": step.get("judge"),
+            "reward": spec.get("rewardModel"),
+            "reward.independent": spec.get("independentReward"),
+            **{f"reward.{i}": term for i, term in enumerate(spec.get("rewardTerms") or [])},
+        }
+        sources = {
+            "model": spec.get("model"),
+            "prompts": step.get("prompts"),
+            "teacher": step.get("teacher"),
+            **{name: (value or {}).get("model") for name, value in models.items()},
+        }
+        source = sources.get(role)
+        return str(source["uri"]) if source else self.data_uri(role)
+
+    def _step(self, kind: StageKind) -> Mapping[str, Any]:
+        """Return the part of the manifest that a stage belongs to. {}: there is none."""
+        if kind == "feedback":
+            step = (self.spec.get("preferences") or {}).get("aiFeedback")
+        elif kind == "critique":
+            step = self.spec.get("constitution")
+        else:
+            step = (self.spec.get("optimize") or {}).get(self.method)
+        return step or {}
 
     def data_uri(self, role: str) -> str:
         """Return the URI of the data with a role such as train.0, documents or toxicity; "":
@@ -421,7 +468,7 @@ class RunSummary:
         if self.adapter is None:
             return "none: all weights were trained"
         name = ADAPTER_NAMES.get(self.adapter, self.adapter)
-        return _with_settings(name, self.spec["adapter"][self.adapter])
+        return _with_settings(name, self._adapter_spec[self.adapter])
 
     @property
     def digests(self) -> list[tuple[str, str]]:
@@ -513,21 +560,27 @@ def _filled(details: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def shareable(value: Any) -> Any:
-    """Return a manifest without secrets: URIs of sources and output lose user names, passwords,
-    queries (which may hold signatures) and fragments."""
+    """Return a manifest without secrets: URIs of sources and output and URLs of judges lose user
+    names, passwords, queries (which may hold signatures) and fragments."""
     if isinstance(value, Mapping):
         return {
-            key: _without_secrets(item) if key == "uri" and item else shareable(item)
+            key: without_secrets(item)
+            if key in _LOCATIONS and isinstance(item, str)
+            else shareable(item)
             for key, item in value.items()
         }
     return [shareable(item) for item in value] if isinstance(value, list) else value
 
 
-def _without_secrets(uri: str) -> str:
-    if uri.startswith("file://"):
-        return uri
-    parts = urlsplit(uri)
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+_LOCATIONS = ("uri", "url")
+_PUBLIC = re.compile(r"(?:([^:/?#]+://)(?:[^/?#]*@)?)?([^?#]*)")
+"""The scheme and the path of a URL, without the user in front of its host."""
+
+
+def without_secrets(uri: str) -> str:
+    """Return a URI without a user name, password, query and fragment; a file's as it is."""
+    found = None if uri.startswith("file://") else _PUBLIC.match(uri)
+    return uri if found is None else f"{found[1] or ''}{found[2]}"
 
 
 def _has_chat_template(inputs: Mapping[str, Path]) -> bool:
@@ -538,6 +591,28 @@ def _has_chat_template(inputs: Mapping[str, Path]) -> bool:
     return beside.exists() or bool(
         _json(inputs["model"] / "tokenizer_config.json").get("chat_template")
     )
+
+
+def _stages_of_run(folder: Path, known: Mapping[str, StageRecord]) -> list[StageRecord]:
+    """Return the records of all stages of a run, sorted by time. `folder`: of the stages, which may
+    hold some of an earlier run. `known`: stages of this run.
+
+    A stage is of this run if one of its stages read the output. The search for leaks, whose output
+    none reads, is if it searched the data that they read.
+    """
+    others = [_record(path) for path in sorted(folder.iterdir())]
+    candidates = [each for each in others if each is not None and each.stage not in known]
+    found, size = dict(known), -1
+    while size < len(found):
+        size = len(found)
+        read = {digest for each in found.values() for digest in each.input_digests.values()}
+        found |= {
+            each.stage: each
+            for each in candidates
+            if each.digest in read
+            or (each.kind == "leaks" and read.issuperset(each.input_digests.values()))
+        }
+    return sorted(found.values(), key=lambda record: record.started_at)
 
 
 def _record(folder: Path) -> StageRecord | None:

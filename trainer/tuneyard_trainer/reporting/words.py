@@ -10,11 +10,17 @@ from tuneyard_trainer.reporting.formatting import count, number, percent
 
 MOST_NAMED = 6
 """Metrics that a sentence names; it counts the others."""
+LEAST = 1e-4
+"""The smallest difference in points that is shown."""
+MOST_DIGITS = 9
+"""Decimals of two values that are nearly equal."""
 
 
 def shown(value: float | None, comparison: Comparison) -> str:
     """Return a value of a metric: a share in percent, else four digits."""
-    return percent(value) if comparison.is_share else number(value)
+    if value is None or comparison.is_share:
+        return percent(value)
+    return _signed(value, plus=False, whole=False)
 
 
 def shown_interval(interval: Interval | None, comparison: Comparison, plus: bool = False) -> str:
@@ -33,15 +39,22 @@ def shown_difference(value: float | None, comparison: Comparison) -> str:
     if value is None:
         return ""
     if comparison.is_share:
-        return f"{_signed(100 * value, True, True)} points"
+        points = _signed(100 * value, True, True)
+        return f"{points} point{'' if points[1:] == '1' else 's'}"
     return _signed(value, True, False)
 
 
 def _signed(value: float, plus: bool, whole: bool) -> str:
-    text = f"{abs(value):.0f}" if whole else number(abs(value))
+    text = _whole(abs(value)) if whole else number(abs(value))
     is_zero = not any(digit in text for digit in "123456789") and text != "∞"
     sign = "" if is_zero else "\N{MINUS SIGN}" if value < 0 else "+" if plus else ""
     return f"{sign}{text}"
+
+
+def _whole(value: float) -> str:
+    """Return a whole number; one that is not 0 keeps its first digit where it would be 0. What is
+    smaller than LEAST is an error of the arithmetic, and 0."""
+    return f"{value:.1g}" if LEAST <= value < 0.5 else f"{value:.0f}"
 
 
 def summary(
@@ -82,13 +95,27 @@ def _changes(comparisons: Sequence[Comparison]) -> Iterable[str]:
 
 
 def _change(each: Comparison) -> str:
-    before, after = shown(each.base, each), shown(each.tuned, each)
+    before, after = _ends(each)
     if each.base_is_chance:
         return f"{_name(each)} is {after}, and a random choice has {before}"
     if before == after:
         return f"{_name(each)} stayed at {after}"
     verb = "rose" if (each.difference or 0) > 0 else "fell"
     return f"{_name(each)} {verb} from {before} to {after}"
+
+
+def _ends(each: Comparison) -> tuple[str, str]:
+    """Return the values of both models, with more digits where fewer hide a clear difference."""
+    before, after = shown(each.base, each), shown(each.tuned, each)
+    is_clear = each.verdict in ("better", "worse")
+    if not is_clear or before != after or each.base is None or each.tuned is None:
+        return before, after
+    scale, unit = (100, " %") if each.is_share else (1, "")
+    for digits in range(1, MOST_DIGITS + 1):
+        longer = [f"{scale * value:,.{digits}f}{unit}" for value in (each.base, each.tuned)]
+        if longer[0] != longer[1]:
+            return longer[0], longer[1]
+    return before, after
 
 
 def _flips(comparisons: Sequence[Comparison]) -> Iterable[str]:
@@ -121,23 +148,27 @@ def _worth(comparisons: Sequence[Comparison], examples: tuple[int, float] | None
 def _general(forgetting: Forgetting | None) -> Iterable[str]:
     if forgetting is None or forgetting.increase is None:
         return
-    verb = "rose" if forgetting.increase > 0 else "fell"
+    changed = "did not change"
+    if forgetting.increase:
+        verb = "rose" if forgetting.increase > 0 else "fell"
+        changed = f"{verb} by {number(abs(forgetting.increase))} nats per token"
     bound = (
         f"; the guard allows an increase of {number(forgetting.allowed)}"
         if forgetting.allowed is not None
         else ""
     )
-    yield (
-        f"The loss on general data {verb} by {number(abs(forgetting.increase))} nats per token"
-        f"{bound}."
-    )
+    yield f"The loss on general data {changed}{bound}."
     if forgetting.stopped:
         yield f"The training was {forgetting.stopped}."
 
 
 def _gates(gates: Sequence[GateResult]) -> Iterable[str]:
     """Yield how many gates are met. The warnings say more about those that are not."""
-    missed = [f"{gate.metric} ({VERDICT_WORDS[gate.verdict]})" for gate in gates if not gate.passed]
+    missed = [
+        f"{gate.metric} ({'' if gate.is_required else 'advisory, '}{VERDICT_WORDS[gate.verdict]})"
+        for gate in gates
+        if not gate.passed
+    ]
     if missed:
         are = "is" if len(missed) == 1 else "are"
         yield f"{len(missed)} of {len(gates)} gates {are} not met: {', '.join(missed)}."

@@ -36,7 +36,7 @@ from tuneyard_trainer.storage.objects import Objects, protocols
 LAST = ("state.json", "record.json")
 """Files whose presence means that the others are complete; they are copied last."""
 SOURCES = "stages/sources.json"
-CLAIM_LOCK = ".claim.lock"
+OWNER_FILE, CLAIM_LOCK = "owner.json", ".claim.lock"
 REUSED_FOLDER = "measured"
 """A folder in that of a stage. Its files are named by their content and stay when the stage begins
 with another identity: the stage itself removes those that it cannot use."""
@@ -47,7 +47,7 @@ TRACKING_FOLDER, EVENTS_FOLDER = "tracking", "tensorboard"
 """The states of trackers, and TensorBoard's event files."""
 _OWN_FILES = (
     *("stages", stage_folder("export"), LOGS_FOLDER, TRACKING_FOLDER, EVENTS_FOLDER),
-    *(".lock", "owner.json", CLAIM_LOCK),
+    *(".lock", OWNER_FILE, CLAIM_LOCK),
 )
 """Everything that a job writes, in the order of its erasure. The lock is last: a claim that waits
 for it must not be erased."""
@@ -92,9 +92,9 @@ class Store:
         claimed = partial(self._claimed, job, attempt)
         if self.is_local:
             with self._locked(os.O_CREAT):
-                write_atomically(self._scratch / "owner.json", claimed())
+                write_atomically(self._scratch / OWNER_FILE, claimed())
         else:
-            self._objects.replace(self._at("owner.json"), claimed)
+            self._objects.replace(self._at(OWNER_FILE), claimed)
 
     def _claimed(self, job: JobRef, attempt: int) -> bytes:
         """Return the next content of `owner.json`. Raises StageError as `claim` does."""
@@ -484,7 +484,7 @@ class Store:
         """Return the last claim; None: there is none. Raises StageError OutputOwned if it is
         damaged."""
         try:
-            owner: dict[str, Any] = json.loads(self._fs.cat_file(self._at("owner.json")))
+            owner: dict[str, Any] = json.loads(self._fs.cat_file(self._at(OWNER_FILE)))
             JobRef.model_validate(owner["job"])
             int(owner["attempt"])
         except FileNotFoundError:

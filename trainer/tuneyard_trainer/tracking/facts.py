@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from tuneyard.api.plan import Plan, PlannedStage, SourceInput, StageRecord, digest
-from tuneyard_trainer.reporting.summary import shareable
+from tuneyard_trainer.reporting.summary import shareable, without_secrets
 
 MOST_CHARACTERS = 500
 """The longest value of a parameter that every MLflow server accepts."""
@@ -55,7 +55,7 @@ def tags(plan: Plan, attempt: int) -> dict[str, str]:
         "job": plan.job.name,
         "kind": plan.job.kind,
         "namespace": plan.job.namespace,
-        "output": shareable({"uri": plan.output.uri})["uri"],
+        "output": without_secrets(plan.output.uri),
         "plan": digest(plan.model_dump(mode="json", by_alias=True)),
         "attempt": str(attempt),
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -33,6 +34,10 @@ MOST_REFUSAL = 300
 """The most characters of a refusal that are shown."""
 ID_TAG = "tuneyard.id"
 _TOKEN = "MLFLOW_TRACKING_TOKEN"  # noqa: S105  a name
+_INSTEAD_OF_TOKEN = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
+"""Variables that MLflow's client prefers to the token."""
+_SENDABLE = re.compile(r"[!-~]+")
+"""Tokens that a header can have."""
 
 
 class MlflowRun:
@@ -47,7 +52,7 @@ class MlflowRun:
         self._experiment = settings.experiment or plan.job.name
         self.place = f"{settings.uri.rstrip('/')} experiment {self._experiment}"
         self._client: MlflowClient | None = None
-        self._run = ""
+        self._run = self._secret = ""
         self._newest: dict[str, int] = {}
         """By metric: the last step that the server has."""
 
@@ -56,13 +61,15 @@ class MlflowRun:
         """Give MLflow's client its settings, which it reads from the environment alone, and the
         token. Raises StageError SecretMissing."""
         values = {
+            _TOKEN: "",  # that of this environment is for another server
             "MLFLOW_DISABLE_TELEMETRY": "true",
             "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
             "MLFLOW_HTTP_REQUEST_TIMEOUT": str(REQUEST_SECONDS),
             "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # the thread retries, and says so
         }
         if self._settings.token_secret:
-            values[_TOKEN] = self._token()
+            self._secret = self._token()
+            values |= {_TOKEN: self._secret, **dict.fromkeys(_INSTEAD_OF_TOKEN, "")}
         with environment(values):
             yield
 
@@ -76,6 +83,13 @@ class MlflowRun:
                 f"tracking.mlflow names the token {secret.name}/{secret.key}, and neither "
                 f"{secret.variable} nor {_TOKEN} is set.",
                 advice="Set one of them, or remove spec.tracking.mlflow.tokenSecret.",
+            )
+        if not _SENDABLE.fullmatch(token):
+            raise StageError(
+                "SecretMissing",
+                f"tracking.mlflow names the token {secret.name}/{secret.key}, and its value has "
+                "line breaks, spaces or characters that are not ASCII, which no header can have.",
+                advice=f"Put the token alone into key {secret.key} of Secret {secret.name}.",
             )
         return token
 
@@ -164,7 +178,10 @@ class MlflowRun:
             return f"does not respond within {REQUEST_SECONDS} s"
         if any(isinstance(cause, requests.ConnectionError) for cause in causes):
             return "cannot be reached"
-        return f"refuses a request: {last_line(error)[:MOST_REFUSAL]}"
+        said = last_line(error)
+        if self._secret:  # a server may repeat what it refuses
+            said = said.replace(self._secret, "(token)")
+        return f"refuses a request: {said[:MOST_REFUSAL]}"
 
     def close(self) -> None:
         """Nothing is open between two requests."""

@@ -167,8 +167,8 @@ _MAY_FOLLOW: dict[Role | None, tuple[Role, ...]] = {
 
 def check(example: Example) -> None:
     """Raise RowError for empty turns, roles out of order and text that no tokenizer can encode."""
-    _check_encodable(example.prompt, example.completion, example.text)
-    _check_encodable(example.document, *example.expected)
+    check_encodable(example.prompt, example.completion, example.text)
+    check_encodable(example.document, *example.expected)
     check_turns(example.messages)
     if example.messages and example.messages[-1].role != "assistant":
         raise RowError(
@@ -183,8 +183,8 @@ def check_turns(messages: Sequence[Message]) -> None:
     for number, message in enumerate(messages, start=1):
         if not (message.content.strip() or message.calls or message.role == "tool"):
             raise RowError(f"turn {number} ({message.role}) is empty")
-        _check_encodable(message.content, message.reasoning, *map(call_text, message.calls))
-        _check_encodable(message.name, message.call_id, *(call.id for call in message.calls))
+        check_encodable(message.content, message.reasoning, *map(call_text, message.calls))
+        check_encodable(message.name, message.call_id, *(call.id for call in message.calls))
         if message.role not in _MAY_FOLLOW[previous]:
             after = f"follows {previous}" if previous else "begins the conversation"
             wanted = " or ".join(_MAY_FOLLOW[previous])
@@ -192,7 +192,8 @@ def check_turns(messages: Sequence[Message]) -> None:
         previous = message.role
 
 
-def _check_encodable(*texts: str) -> None:
+def check_encodable(*texts: str) -> None:
+    """Raise RowError for half of a surrogate pair, which no tokenizer and no file can hold."""
     for text in texts:
         if text.isascii():  # which Python knows of each text
             continue

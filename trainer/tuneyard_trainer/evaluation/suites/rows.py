@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,7 +11,7 @@ from tuneyard.api.stage_settings import ChatSettings
 from tuneyard.errors import StageError
 from tuneyard_trainer.data.encoding.template_style import MisfitError
 from tuneyard_trainer.data.prompts import Prompt, is_templated, prompt_text, with_system
-from tuneyard_trainer.data.reading.example import RowError
+from tuneyard_trainer.data.reading.example import RowError, check_encodable
 from tuneyard_trainer.data.reading.rows import BrokenRow, Row, read_data
 from tuneyard_trainer.data.reading.stream import FAULTS_SHOWN
 
@@ -103,11 +102,21 @@ def text_of(row: Mapping[str, Any], *names: str) -> str | None:
 def _columns(row: Row) -> Mapping[str, Any]:
     if isinstance(row.value, BrokenRow):
         raise RowError(row.value.reason, row.value.fault)
-    try:
-        json.dumps(row.value, ensure_ascii=False, default=str).encode()
-    except UnicodeEncodeError as error:  # neither a tokenizer nor a file takes it
-        raise RowError("a text has half of a surrogate pair", "UnreadableRow") from error
+    check_encodable(*_texts(row.value))
     return row.value
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Yield all texts in a value, with the names of columns."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for name, item in value.items():
+            yield from _texts(name)
+            yield from _texts(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _texts(item)
 
 
 def unfit(row: Mapping[str, Any], expected: str) -> RowError:
