@@ -114,7 +114,8 @@ def test_a_suite_is_measured_where_no_rows_are_held_out() -> None:
 
 def test_the_items_of_suites_are_searched_in_the_training_rows_before_workers_have_gpus() -> None:
     plain = plan_job(job(data__validation=VALIDATION))
-    planned = plan_job(job(data__validation=VALIDATION, evaluate={"suites": [SENSE, MANNERS, ARC]}))
+    suites = [SENSE, MINE, MANNERS, ARC]
+    planned = plan_job(job(data__validation=VALIDATION, evaluate={"suites": suites}))
     assert [each.name for each in planned.stages] == [
         "prepare",
         "leaks",
@@ -126,7 +127,7 @@ def test_the_items_of_suites_are_searched_in_the_training_rows_before_workers_ha
     found = stage(planned, "leaks")
     assert isinstance(found.settings, LeaksSettings)
     assert found.settings.leaks is None
-    assert set(found.inputs) == {"train.0", "suite.0", "suite.1"}
+    assert set(found.inputs) == {"train.0", "suite.0", "suite.2"}, "not those of a task"
     assert stage(planned, "export").inputs["leaks"] == StageInput(stage="leaks")
     assert "leaks" not in stage(plain, "export").inputs
     for name in ("prepare", "sft"):  # a suite that is added prepares and trains nothing again
@@ -138,7 +139,7 @@ def test_the_items_of_suites_are_searched_in_the_training_rows_before_workers_ha
 
 
 @pytest.mark.parametrize(
-    ("data", "suites"), [({}, []), ({}, [ARC]), ({"leaks": "off"}, [SENSE, MANNERS])]
+    ("data", "suites"), [({}, []), ({}, [ARC, MINE]), ({"leaks": "off"}, [SENSE, MANNERS])]
 )
 def test_nothing_is_searched_without_items_at_hand_or_with_leaks_off(
     data: dict[str, Any], suites: list[Any]

@@ -240,7 +240,7 @@ class LeaksSettings(Model):
     """Search the items of suites in the training data.
 
     Inputs: `train.N`, `preferences.N` and `prompts.N`, as far as the job has them from outside, and
-    `suite.N` of each suite with a file.
+    `suite.N` of each suite with a file of items.
     """
 
     kind: Literal["leaks"] = "leaks"

@@ -41,7 +41,7 @@ from tuneyard.api.training import FineTuning, Training
 from tuneyard.planning import defaults
 from tuneyard.planning.fingerprint import fingerprint
 from tuneyard.planning.principles import COMPARISON, PRINCIPLES
-from tuneyard.planning.suites import suite_inputs, suite_settings, training_suites
+from tuneyard.planning.suites import item_inputs, suite_settings, training_suites
 
 Sharding = Literal["auto", "none", "fsdp"]
 
@@ -327,13 +327,13 @@ def leaks(
     prompts: Sequence[tuple[PromptSet, str]] = (),
 ) -> list[Draft]:
     """Return the stage that searches the items of suites in the training data; []: no suite has a
-    file, or the job searches for nothing. It is one of its own, so that a suite which is added
-    later prepares nothing again.
+    file of items, or the job searches for nothing. It is one of its own, so that a suite which is
+    added later prepares nothing again.
 
     `data`: the rows of fine-tuning. None: there are none. `data_path`: their field in the manifest.
     `preferences`: those of `spec.preferences.data`. `prompts`: the prompts with their fields.
     """
-    suites = suite_inputs(evaluate)
+    suites = item_inputs(evaluate)
     if not suites or policy == "off":
         return []
     replayed = data.replay.data if data and data.replay else []
