@@ -31,7 +31,7 @@ from tuneyard.api.report import (
 from tuneyard.api.stage_settings import EVALUATION_KINDS, SUPERVISED_KINDS, TRAINING_KINDS
 from tuneyard_trainer.data.encoding.masks import Run
 from tuneyard_trainer.reporting import plots, words
-from tuneyard_trainer.reporting.answered import answers
+from tuneyard_trainer.reporting.answered import answers, suite_answers
 from tuneyard_trainer.reporting.comparisons import comparisons, finite
 from tuneyard_trainer.reporting.results import Sample, last_trained, seconds_of_attempts
 from tuneyard_trainer.reporting.summary import RunSummary
@@ -83,6 +83,9 @@ def document(
         answers=answers([Sample.of(each) for each in samples], measured.get("items", {}), compared),
         answers_held_out=summary.results.held_out,
         answers_total=len(samples),
+        suite_answers=suite_answers(
+            measured.get("suiteAnswers", {}), measured.get("items", {}), compared
+        ),
         suites=[*_suites(summary, compared, details.get("suites", {}))],
         forgetting=forgetting,
         memory=[
@@ -174,7 +177,7 @@ def _suites(
     planned = (summary.spec.get("evaluate") or {}).get("suites") or []
     kinds = {
         str(suite.get("name") or (suite.get("task") or {}).get("name", "")): next(
-            (kind for kind in ("choices", "refusals", "task") if suite.get(kind)), ""
+            (kind for kind in ("choices", "answers", "refusals", "task") if suite.get(kind)), ""
         )
         for suite in planned
     }
