@@ -53,7 +53,7 @@ def right_answers(share: float | None, questions: float | None) -> str:
 def _verdict(each: Comparison) -> RowVerdict:
     if each.tuned is None and each.base is not None and each.higher_is_better is not None:
         return "worse"  # the tuned model diverged
-    return "" if each.verdict in ("equal", "none") else each.verdict
+    return "" if each.verdict == "equal" or each.verdict == "none" else each.verdict
 
 
 def _shown(value: float | None, each: Comparison) -> str:

@@ -48,7 +48,7 @@ def measured(training: StageRecord | None, evaluation: StageRecord | None) -> di
     found = dict(evaluation.metrics) if evaluation else {}
     if evaluation is not None and "validationLoss" not in found:
         return found
-    losses = {}
+    losses: dict[str, float] = {}
     for name in ("validation", "baseValidation"):
         known = training.metrics if training else {}
         loss = found.get(f"{name}Loss", known.get(f"{name}Loss"))
