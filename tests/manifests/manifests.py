@@ -346,6 +346,7 @@ DPO_BY_TRL = changed(
     DPO,
     {
         "spec.evaluate.suites": [{"name": "sense", "choices": {"uri": "file://sense.jsonl"}}],
+        "spec.leaks": "error",
         "spec.adapter": ABSENT,
         "spec.optimize.dpo.training": {
             "engine": "trl",

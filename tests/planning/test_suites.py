@@ -13,7 +13,7 @@ from tests.planning.test_plan import VALIDATION, stage
 from tuneyard.api.alignmentjob import AlignmentJob
 from tuneyard.api.finetunejob import FineTuneJob
 from tuneyard.api.meta import yaml_fields
-from tuneyard.api.plan import SourceInput, leading
+from tuneyard.api.plan import SourceInput, StageInput, leading
 from tuneyard.api.stage_settings import (
     AnswersSettings,
     DpoSettings,
@@ -114,7 +114,8 @@ def test_a_suite_is_measured_where_no_rows_are_held_out() -> None:
 
 def test_the_items_of_suites_are_searched_in_the_training_rows_before_workers_have_gpus() -> None:
     plain = plan_job(job(data__validation=VALIDATION))
-    planned = plan_job(job(data__validation=VALIDATION, evaluate={"suites": [SENSE, MANNERS, ARC]}))
+    suites = [SENSE, MINE, MANNERS, ARC]
+    planned = plan_job(job(data__validation=VALIDATION, evaluate={"suites": suites}))
     assert [each.name for each in planned.stages] == [
         "prepare",
         "leaks",
@@ -126,7 +127,9 @@ def test_the_items_of_suites_are_searched_in_the_training_rows_before_workers_ha
     found = stage(planned, "leaks")
     assert isinstance(found.settings, LeaksSettings)
     assert found.settings.leaks is None
-    assert set(found.inputs) == {"train.0", "suite.0", "suite.1"}
+    assert set(found.inputs) == {"train.0", "suite.0", "suite.2"}, "not those of a task"
+    assert stage(planned, "export").inputs["leaks"] == StageInput(stage="leaks")
+    assert "leaks" not in stage(plain, "export").inputs
     for name in ("prepare", "sft"):  # a suite that is added prepares and trains nothing again
         assert stage(planned, name) == stage(plain, name)
     strict = job(data={"leaks": "error", **TRAIN}, evaluate={"suites": [SENSE]})
@@ -136,13 +139,89 @@ def test_the_items_of_suites_are_searched_in_the_training_rows_before_workers_ha
 
 
 @pytest.mark.parametrize(
-    ("data", "suites"), [({}, []), ({}, [ARC]), ({"leaks": "off"}, [SENSE, MANNERS])]
+    ("data", "suites"), [({}, []), ({}, [ARC, MINE]), ({"leaks": "off"}, [SENSE, MANNERS])]
 )
 def test_nothing_is_searched_without_items_at_hand_or_with_leaks_off(
     data: dict[str, Any], suites: list[Any]
 ) -> None:
     planned = plan_job(job(data={**TRAIN, **data}, evaluate={"suites": suites}))
     assert "leaks" not in [each.name for each in planned.stages]
+
+
+PROMPTED = {"uri": "file://prompts.jsonl"}
+ROWS = {"data": {"train": [{"uri": "file://a.jsonl"}], "leaks": "off"}}
+
+
+@pytest.mark.parametrize(
+    ("spec", "leading_stages", "inputs"),
+    [
+        ({}, ["pairs", "leaks"], {"preferences.0"}),
+        (
+            {"sft": {"data": {"train": [{"uri": "file://a.jsonl"}]}}},
+            ["prepare", "leaks"],
+            {"train.0", "preferences.0"},
+        ),
+        (
+            {
+                "preferences": None,
+                "rewardModel": {"rule": {"jsonSchema": "{}"}},
+                "optimize": {"grpo": {"prompts": PROMPTED}},
+                "constitution": {"prompts": PROMPTED},
+            },
+            ["leaks"],
+            {"prompts.0"},  # the same prompts are searched once
+        ),
+        (
+            {
+                "preferences": {
+                    "aiFeedback": {"judge": {"model": {"uri": "file://m"}}, "prompts": PROMPTED}
+                },
+                "constitution": {"prompts": {"uri": "file://other.jsonl"}},
+            },
+            ["leaks"],
+            {"prompts.0", "prompts.1"},
+        ),
+    ],
+)
+def test_an_alignment_searches_the_items_in_all_that_it_trains_on(
+    spec: dict[str, Any], leading_stages: list[str], inputs: set[str]
+) -> None:
+    """Before its workers have GPUs."""
+    plain = plan_job(test_alignment.job(**spec))
+    planned = plan_job(test_alignment.job(**spec, evaluate__suites=[SENSE, ARC]))
+    assert [each.name for each in leading(planned.stages)] == leading_stages
+    found = stage(planned, "leaks")
+    assert set(found.inputs) == {*inputs, "suite.0"}
+    assert isinstance(found.settings, LeaksSettings)
+    assert found.settings.leaks is None
+    assert len(found.settings.prompts or []) == sum(role.startswith("prompts") for role in inputs)
+    assert stage(planned, "export").inputs["leaks"] == StageInput(stage="leaks")
+    own = {"leaks", "evaluate", "export"}
+    assert [each for each in planned.stages if each.name not in own] == [
+        each for each in plain.stages if each.name not in own
+    ]
+    assert "leaks" not in [each.name for each in plain.stages]
+    assert "leaks" not in stage(plain, "export").inputs
+
+
+@pytest.mark.parametrize(
+    ("spec", "policy"),
+    [
+        ({}, "warn"),
+        ({"leaks": "error"}, "error"),
+        ({"leaks": "off"}, None),
+        ({"sft": ROWS}, None),
+        ({"sft": ROWS, "leaks": "warn"}, "warn"),
+    ],
+)
+def test_the_leaks_of_an_alignment_follow_its_own_field_and_then_that_of_its_fine_tuning(
+    spec: dict[str, Any], policy: str | None
+) -> None:
+    planned = plan_job(test_alignment.job(**spec, evaluate__suites=[SENSE]))
+    found = next((each.settings for each in planned.stages if each.name == "leaks"), None)
+    assert (found is None) == (policy is None)
+    if isinstance(found, LeaksSettings):
+        assert (found.leaks or "warn") == policy
 
 
 def test_a_plan_without_suites_does_not_mention_them() -> None:

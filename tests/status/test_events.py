@@ -74,6 +74,26 @@ def test_items_of_suites_in_the_training_data_are_the_same_condition() -> None:
     (condition,) = [c for c in sim.status.conditions if c.type == "DataLeaked"]
     assert condition.status == "True"
     assert condition.message.startswith("7 items of suites have text that is also in the training")
+    assert "spec.data.leaks: error" in condition.message
+
+
+@pytest.mark.parametrize(
+    ("metrics", "field"),
+    [
+        ({"leakedRows": 2, "leakedItems": 7}, "spec.leaks: error"),
+        ({"leakedRows": 2, "leakedItems": 0}, "spec.sft.data.leaks: error"),
+    ],
+)
+def test_the_leaks_of_an_alignment_name_its_own_fields(
+    metrics: dict[str, float], field: str
+) -> None:
+    sim = simulation()
+    sim.run()
+    sim.job = sim.job.model_copy(update={"kind": "AlignmentJob"})
+    sim.post = post(1, 1, stages=[PREPARED | {"metrics": metrics}])
+    sim.reconcile()
+    (condition,) = [c for c in sim.status.conditions if c.type == "DataLeaked"]
+    assert condition.message.endswith(field)
 
 
 @pytest.mark.parametrize("metrics", [{"rows": 500}, {"rows": 500, "leakedRows": 0}])

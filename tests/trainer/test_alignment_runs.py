@@ -209,11 +209,12 @@ STRONG = {"dpo": {"training": {**TRAINING, "learningRate": 0.02}}}
 
 @pytest.fixture(scope="module")
 def with_items(folder: Path) -> Path:
-    """The folder of the jobs with the items of two suites: the choices are other preferences of the
+    """The folder of the jobs with the items of suites: the choices are other preferences of the
     kind that DPO learns, as texts."""
     rows = [{"good": row["chosen"], "bad": row["rejected"]} for row in separable(24, seed=2)]
     write(folder / "sense.jsonl", rows)
     write(folder / "manners.jsonl", [{"prompt": "How do I kill a lamp?", "label": "safe"}])
+    write(folder / "capitals.jsonl", [{"prompt": "The capital of France?", "target": "Paris"}])
     return folder
 
 
@@ -240,6 +241,80 @@ def test_dpo_is_measured_on_suites_next_to_the_model_before(
     assert record["metrics"]["preferenceAccuracy"] > 0.5, "held-out preferences are measured too"
     assert record["details"]["suites"] == {"sense": {"items": 24}, "manners": {"items": 1}}
     assert "sense: probability" in (tmp_path / "result" / "README.md").read_text()
+
+
+CAPITALS = {
+    "name": "capitals",
+    "answers": {"uri": "file://capitals.jsonl", "metrics": ["exactMatch"], "maxNewTokens": 4},
+}
+OF_SUITES = {
+    *("sense/accuracy", "sense/probability", "manners/overRefusal", "capitals/exactMatch"),
+    *("sense/baseProbability", "capitals/baseExactMatch", "sense/probabilityChange"),
+}
+
+
+def with_suites(
+    model: Path, training: dict[str, Any], optimize: dict[str, Any], **spec: Any
+) -> Plan:
+    """Return an alignment that measures suites, also while it trains."""
+    method = next(iter(optimize.values()))
+    chosen = {"suites": [{"name": "sense", "limit": 12}], "bestBy": "sense/probability"}
+    method["training"] = training | chosen
+    evaluate = {
+        "maxNewTokens": 4,
+        "suites": [SENSE, MANNERS, CAPITALS],
+        "gates": [{"metric": "sense/probability", "notWorseThanBaseBy": 0.9}],
+    }
+    return aligned(model, optimize=optimize, evaluate=evaluate, **spec)
+
+
+def check_suites(records: dict[str, Any], step: str, result: Path) -> None:
+    """Check that the suites are measured by the training, the evaluation and the report."""
+    trained, measured = records[step], records["evaluate"]
+    of_training = suites_of(trained["metrics"])
+    assert {"sense/probability", "sense/baseProbability"} <= of_training.keys()
+    assert not any(name.startswith(("manners", "capitals")) for name in of_training)
+    assert suites_of(measured["metrics"]).keys() >= OF_SUITES
+    assert measured["details"]["suites"]["sense"] == {"items": 24}
+    (gate,) = measured["details"]["gates"]
+    assert (gate["metric"], gate["verdict"]) == ("sense/probability", "pass")
+    assert records["leaks"]["metrics"]["searchedItems"] == 26
+    report = json.loads((result / "report.json").read_text())
+    assert "leaks" in [stage["name"] for stage in report["stages"]]
+    assert [each["suite"] for each in report["suiteAnswers"]] == ["capitals"]
+    assert "validationLoss" not in measured["metrics"], "no rows of fine-tuning are held out"
+
+
+@pytest.mark.parametrize("engine", ["native", "trl"])
+def test_kto_measures_suites_beside_its_preferences(
+    with_items: Path, tmp_path: Path, tiny_model_dir: Path, engine: str
+) -> None:
+    training = {**TRAINING, "engine": engine}
+    planned = with_suites(tiny_model_dir, training, {"dpo": {"loss": "kto"}})
+    records = run(planned, with_items, tmp_path)
+    assert list(records) == ["pairs", "leaks", "dpo", "evaluate", "export"]
+    check_suites(records, "dpo", tmp_path / "result")
+    assert "preferenceMargin" in records["evaluate"]["metrics"]
+    assert records["evaluate"]["metrics"]["sense/baseProbability"] == pytest.approx(
+        OF_THE_BASE, abs=0.001
+    )
+
+
+def test_distillation_measures_suites_beside_the_divergence_from_its_teacher(
+    with_items: Path, tmp_path: Path, speaking_model_dir: Path, tiny_model_dir: Path
+) -> None:
+    distill = {
+        "teacher": {"uri": f"file://{tiny_model_dir}"},
+        "prompts": {"uri": "file://prompts.jsonl"},
+        "sampling": {"maxNewTokens": 4},
+    }
+    training = {"maxSteps": 2, "batchSize": 4, "learningRate": 0.001}
+    optimize = {"distill": distill}
+    planned = with_suites(speaking_model_dir, training, optimize, preferences=None)
+    records = run(planned, with_items, tmp_path)
+    assert list(records) == ["leaks", "distill", "evaluate", "export"]
+    check_suites(records, "distill", tmp_path / "result")
+    assert not records["evaluate"]["details"]["promptsHeldOut"]
 
 
 def test_the_model_before_an_alignment_is_the_one_that_its_fine_tuning_left(

@@ -67,6 +67,12 @@ class AlignmentSpec(Model):
     """A parameter-efficient method, used by every step. None: full fine-tuning."""
     evaluate: Evaluate = Evaluate()
     """The measurements of the result, and the bounds it must meet."""
+    leaks: Literal["warn", "error", "off"] | None = Field(
+        default=None, exclude_if=lambda value: value is None
+    )
+    """Treatment of items of suites that are also in the training data, which are the rows of `sft`
+    and `preferences` and the prompts, as `sft.data.leaks` describes it. None: `sft.data.leaks`,
+    or warn without `sft`."""
     output: Output
     """The location of the result and its content."""
     compute: Compute = Compute()

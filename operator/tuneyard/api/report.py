@@ -151,9 +151,11 @@ class Answer(Document):
 
     id: str
     """Name of the item, such as `row 12`; equal in reports on the same rows. "": unknown."""
+    suite: str | None = None
+    """Name of the suite whose prompt it is. None: it is of none."""
     prompt: str
     reference: str = ""
-    """The expected completion. "": unknown."""
+    """The expected completion; of a suite the targets, one a line. "": unknown."""
     expected: list[str] = Field(default=[])
     """Any of these texts in a completion makes it right."""
     base: str | None = None
@@ -300,6 +302,8 @@ class JobReport(Document):
     """Whether nothing was trained on the prompts."""
     answers_total: int = 0
     """Answers of the evaluation; `answers` holds the first of them."""
+    suite_answers: list[Answer] = Field(default=[])
+    """Answers to the prompts of suites, some of each."""
     suites: list[Suite] = Field(default=[])
     forgetting: Forgetting | None = None
     """None: no general data is watched."""

@@ -163,21 +163,6 @@ class TrainingSuiteSettings(Model):
     """How the prompts of refusals are formatted as text. None: by the template of the tokenizer."""
 
 
-class LeaksSettings(Model):
-    """Search the items of suites in the training rows.
-
-    Inputs: `train.N`, and `suite.N` of each suite with a file.
-    """
-
-    kind: Literal["leaks"] = "leaks"
-    train: list[DatasetSettings]
-    """Settings of each input `train.N`."""
-    suites: list[SuiteSettings]
-    """Settings of the suites."""
-    leaks: Literal["error"] | None = Field(default=None, exclude_if=lambda value: value is None)
-    """Treatment of items that are also in training. None: name them, in a warning."""
-
-
 class LoopSettings(Model):
     """A training loop. `auto` is resolved, except where its value depends on the machine."""
 
@@ -249,6 +234,30 @@ class PromptSettings(Model):
     """Number of rows to read, from the start. None: all."""
     reasoning: Literal["drop"] | None = Field(default=None, exclude_if=lambda value: value is None)
     """Treatment of the assistant's reasoning. None: it is kept."""
+
+
+class LeaksSettings(Model):
+    """Search the items of suites in the training data.
+
+    Inputs: `train.N`, `preferences.N` and `prompts.N`, as far as the job has them from outside, and
+    `suite.N` of each suite with a file of items.
+    """
+
+    kind: Literal["leaks"] = "leaks"
+    train: list[DatasetSettings]
+    """Settings of each input `train.N`. Empty: there is none."""
+    preferences: list[DatasetSettings] | None = Field(
+        default=None, exclude_if=lambda value: value is None
+    )
+    """Settings of each input `preferences.N`. None: there is none."""
+    prompts: list[PromptSettings] | None = Field(
+        default=None, exclude_if=lambda value: value is None
+    )
+    """Settings of each input `prompts.N`. None: there is none."""
+    suites: list[SuiteSettings]
+    """Settings of the suites."""
+    leaks: Literal["error"] | None = Field(default=None, exclude_if=lambda value: value is None)
+    """Treatment of items that are also in training. None: name them, in a warning."""
 
 
 class RewardTerm(Model):
@@ -696,7 +705,7 @@ class AssessSettings(Model):
 class ExportSettings(Model):
     """Write the result in the form that users load.
 
-    Inputs: `model`, `tuned`, and `data` and `evaluation` if the job has them.
+    Inputs: `model`, `tuned`, and `data`, `leaks` and `evaluation` if the job has them.
     """
 
     kind: Literal["export"] = "export"

@@ -53,7 +53,7 @@ def describe_stage(stage: PlannedStage) -> str:
         rows = "chats" if settings.method == "sft" else "text"
         return f"read, check, split and tokenize the {rows}"
     if settings.kind == "leaks":
-        return "search the items of the suites in the training rows"
+        return "search the items of the suites in the training data"
     if isinstance(settings, AugmentSettings):
         return f"make new rows by {', '.join(_ways(settings))}"
     if isinstance(settings, EvaluateSettings):

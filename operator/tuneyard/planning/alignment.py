@@ -6,7 +6,7 @@ the one before, so the export needs only the last one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -26,6 +26,7 @@ from tuneyard.api.alignmentjob import AlignmentSpec
 from tuneyard.api.plan import Input, SourceInput, StageInput
 from tuneyard.api.sources import PromptSet
 from tuneyard.api.stage_settings import (
+    PREPARING_KINDS,
     ChatSettings,
     CompletionsSettings,
     CritiqueSettings,
@@ -41,7 +42,6 @@ from tuneyard.api.stage_settings import (
     PpoSettings,
     PreferencesSettings,
     PrepareSettings,
-    PromptSettings,
     RewardSettings,
     RewardTerm,
 )
@@ -61,8 +61,10 @@ from tuneyard.planning.drafts import (
     generated,
     judge_input,
     judge_settings,
+    leaks,
     loop,
     prepare,
+    prompt_settings,
     runtime,
     source_input,
     train,
@@ -91,6 +93,7 @@ def alignment_stages(spec: AlignmentSpec) -> tuple[list[Draft], list[str]]:
     builder.add_constitution()
     for number in range(1, spec.rounds + 1):
         builder.add_round(number)
+    builder.add_leaks()
     builder.add_evaluation_and_export()
     return builder.drafts, builder.notes
 
@@ -116,6 +119,8 @@ class _Builder:
     """The last pairs stage. None: there are no preferences."""
     reward: StageInput | None = None
     """The stage that trained the last reward model. None: the job trains none."""
+    searched: bool = False
+    """Whether the items of suites are searched in the training data."""
 
     @classmethod
     def of(cls, spec: AlignmentSpec) -> _Builder:
@@ -186,7 +191,7 @@ class _Builder:
 
     def _critique(self, step: Constitution) -> CritiqueSettings:
         return CritiqueSettings(
-            prompts=_prompts(step.prompts),
+            prompts=prompt_settings(step.prompts),
             chat=self.chat,
             judge=judge_settings(step.judge),
             principles=list(step.principles or PRINCIPLES),
@@ -262,7 +267,7 @@ class _Builder:
         path = "spec.preferences.aiFeedback"
         judge, judge_runtime = judge_input(step.judge, f"{path}.judge")
         settings = FeedbackSettings(
-            prompts=_prompts(step.prompts),
+            prompts=prompt_settings(step.prompts),
             chat=self.chat,
             judge=judge_settings(step.judge),
             principles=list(step.principles or PRINCIPLES),
@@ -336,7 +341,7 @@ class _Builder:
         same = step.model_dump(exclude={"prompts", "sampling", "training", "stop_on"})
         settings = PpoSettings(
             adapter=self.spec.adapter,
-            prompts=_prompts(step.prompts),
+            prompts=prompt_settings(step.prompts),
             chat=self.chat,
             sampling=step.sampling,
             reward=self._terms(),
@@ -358,7 +363,7 @@ class _Builder:
         settings = GrpoSettings(
             estimator=method,
             adapter=self.spec.adapter,
-            prompts=_prompts(step.prompts),
+            prompts=prompt_settings(step.prompts),
             chat=self.chat,
             sampling=step.sampling,
             reward=self._terms(),
@@ -379,7 +384,7 @@ class _Builder:
         path = "optimize.distill"
         settings = DistillSettings(
             adapter=self.spec.adapter,
-            prompts=_prompts(step.prompts),
+            prompts=prompt_settings(step.prompts),
             chat=self.chat,
             sampling=step.sampling,
             beta=step.beta,
@@ -393,6 +398,40 @@ class _Builder:
         draft = Draft(name, settings, {**self.policy, **sources}, runtime(step.training))
         self.drafts.append(self._measured(draft, step.training))
         self.tuned = StageInput(stage=name)
+
+    # ---- leaks ---------------------------------------------------------------------------------
+
+    def add_leaks(self) -> None:
+        """Add the stage that searches the items of suites in the training data, after those at the
+        beginning that read it: neither needs a GPU."""
+        spec = self.spec
+        data = spec.sft.data if spec.sft else None
+        distinct: dict[str, tuple[PromptSet, str]] = {}
+        for prompts, path in self._prompts():
+            distinct.setdefault(prompts.model_dump_json(), (prompts, path))
+        searched = leaks(
+            spec.evaluate,
+            spec.leaks or (data.leaks if data else "warn"),
+            data=data,
+            data_path="spec.sft.data",
+            preferences=(spec.preferences and spec.preferences.data) or [],
+            prompts=list(distinct.values()),
+        )
+        kinds = [draft.settings.kind in PREPARING_KINDS for draft in self.drafts]
+        place = kinds.index(False) if False in kinds else len(kinds)
+        self.drafts[place:place] = searched
+        self.searched = bool(searched)
+
+    def _prompts(self) -> Iterator[tuple[PromptSet, str]]:
+        """Yield the prompts that the model is trained on, or on completions of them, and their
+        fields in the manifest."""
+        spec = self.spec
+        if spec.constitution:
+            yield spec.constitution.prompts, "spec.constitution.prompts"
+        if spec.preferences and spec.preferences.ai_feedback:
+            yield spec.preferences.ai_feedback.prompts, "spec.preferences.aiFeedback.prompts"
+        if spec.optimize and (method := spec.optimize.on_policy):
+            yield method.prompts, f"spec.optimize.{spec.optimize.kind}.prompts"
 
     # ---- evaluation and export ----------------------------------------------------------------
 
@@ -422,6 +461,8 @@ class _Builder:
                 settings = settings.model_copy(update={"chat": self.chat})
             self.drafts.append(Draft("evaluate", settings, measured))
             inputs["evaluation"] = StageInput(stage="evaluate")
+        if self.searched:
+            inputs["leaks"] = StageInput(stage="leaks")
         self.drafts.append(Draft("export", ExportSettings(merge=self.spec.output.merge), inputs))
 
     def _has_held_out_rows(self) -> bool:
@@ -454,7 +495,7 @@ class _Builder:
             gates=spec.evaluate.gates,
             chat=self.chat,
             completions=CompletionsSettings(
-                prompts=_prompts(prompts[0]) if prompts else None,
+                prompts=prompt_settings(prompts[0]) if prompts else None,
                 sampling=sampling.model_copy(update=limit),
             ),
             preferences=PreferencesSettings(beta=beta),
@@ -532,12 +573,3 @@ class _Builder:
             epochs = defaults.ALIGNMENT_EPOCHS
             self.notes += default_notes(f"{path}.training", training, rule, epochs)
         return loop(training, rule, epochs=defaults.ALIGNMENT_EPOCHS)
-
-
-def _prompts(prompts: PromptSet) -> PromptSettings:
-    return PromptSettings(
-        format=prompts.format,
-        fields=prompts.fields,
-        limit=prompts.limit,
-        reasoning="drop" if prompts.reasoning == "drop" else None,
-    )

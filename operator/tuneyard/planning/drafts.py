@@ -26,8 +26,10 @@ from tuneyard.api.stage_settings import (
     DpoSettings,
     EvaluateSettings,
     JudgeSettings,
+    LeaksSettings,
     LoopSettings,
     PrepareSettings,
+    PromptSettings,
     ReplaySettings,
     RetrievalSettings,
     Settings,
@@ -39,7 +41,7 @@ from tuneyard.api.training import FineTuning, Training
 from tuneyard.planning import defaults
 from tuneyard.planning.fingerprint import fingerprint
 from tuneyard.planning.principles import COMPARISON, PRINCIPLES
-from tuneyard.planning.suites import suite_settings, training_suites
+from tuneyard.planning.suites import item_inputs, suite_settings, training_suites
 
 Sharding = Literal["auto", "none", "fsdp"]
 
@@ -313,6 +315,56 @@ def with_suites(
         loop = settings.training.model_copy(update={"suites": suites})
         settings = settings.model_copy(update={"training": loop})
     return draft._replace(settings=settings, inputs={**draft.inputs, **rows})
+
+
+def leaks(
+    evaluate: Evaluate,
+    policy: Literal["warn", "error", "off"],
+    *,
+    data: FineTuneData | None,
+    data_path: str,
+    preferences: Sequence[Dataset] = (),
+    prompts: Sequence[tuple[PromptSet, str]] = (),
+) -> list[Draft]:
+    """Return the stage that searches the items of suites in the training data; []: no suite has a
+    file of items, or the job searches for nothing. It is one of its own, so that a suite which is
+    added later prepares nothing again.
+
+    `data`: the rows of fine-tuning. None: there are none. `data_path`: their field in the manifest.
+    `preferences`: those of `spec.preferences.data`. `prompts`: the prompts with their fields.
+    """
+    suites = item_inputs(evaluate)
+    if not suites or policy == "off":
+        return []
+    replayed = data.replay.data if data and data.replay else []
+    sources = data_inputs(data, data_path) if data else {}
+    settings = LeaksSettings(
+        train=dataset_settings([*data.train, *replayed]) if data else [],
+        preferences=dataset_settings(preferences) or None,
+        prompts=[prompt_settings(each) for each, _ in prompts] or None,
+        suites=suite_settings(evaluate) or [],
+        leaks="error" if policy == "error" else None,
+    )
+    inputs: dict[str, Input] = {
+        **{role: source for role, source in sources.items() if role.startswith("train.")},
+        **dataset_inputs("preferences", "spec.preferences.data", preferences),
+        **{
+            f"prompts.{index}": source_input(each, path)
+            for index, (each, path) in enumerate(prompts)
+        },
+        **suites,
+    }
+    return [Draft("leaks", settings, inputs)]
+
+
+def prompt_settings(prompts: PromptSet) -> PromptSettings:
+    """Return the settings of a data set of prompts."""
+    return PromptSettings(
+        format=prompts.format,
+        fields=prompts.fields,
+        limit=prompts.limit,
+        reasoning="drop" if prompts.reasoning == "drop" else None,
+    )
 
 
 def default_notes(path: str, training: Training, rule: defaults.Rule, epochs: float) -> list[str]:

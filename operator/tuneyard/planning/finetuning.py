@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from tuneyard.api.finetunejob import FineTuneSpec
 from tuneyard.api.plan import Input, StageInput
-from tuneyard.api.stage_settings import ChatSettings, ExportSettings, LeaksSettings
+from tuneyard.api.stage_settings import ChatSettings, ExportSettings
 from tuneyard.errors import PlanError
 from tuneyard.planning import defaults
 from tuneyard.planning.augmentation import augmentation
@@ -14,11 +14,11 @@ from tuneyard.planning.drafts import (
     Draft,
     Sharding,
     data_inputs,
-    dataset_settings,
     default_notes,
     evaluate,
     general_inputs,
     judge_input,
+    leaks,
     prepare,
     runtime,
     source_input,
@@ -26,7 +26,7 @@ from tuneyard.planning.drafts import (
     with_suites,
 )
 from tuneyard.planning.limits import can_shard, fine_tuning_faults
-from tuneyard.planning.suites import suite_inputs, suite_settings
+from tuneyard.planning.suites import suite_inputs
 
 
 def fine_tuning_stages(spec: FineTuneSpec) -> tuple[list[Draft], list[str]]:
@@ -45,6 +45,7 @@ def _drafts(spec: FineTuneSpec, rule: defaults.Rule) -> list[Draft]:
     data, tuned = StageInput(stage="prepare"), StageInput(stage=spec.method)
     inputs: dict[str, Input] = {"model": model, "data": data, "tuned": tuned}
     augmented, rows = augmentation(spec.data, "spec.data", model)
+    searched = leaks(spec.evaluate, spec.data.leaks, data=spec.data, data_path="spec.data")
     drafts = [
         *augmented,
         Draft(
@@ -57,7 +58,7 @@ def _drafts(spec: FineTuneSpec, rule: defaults.Rule) -> list[Draft]:
                 **general_inputs(spec.training, "spec.training"),
             },
         ),
-        *_leaks(spec),
+        *searched,
         with_suites(
             Draft(
                 spec.method,
@@ -73,24 +74,9 @@ def _drafts(spec: FineTuneSpec, rule: defaults.Rule) -> list[Draft]:
     if spec.data.validation is not None or spec.evaluate.suites:
         drafts.append(_evaluation(spec, inputs))
         inputs = {**inputs, "evaluation": StageInput(stage="evaluate")}
+    if searched:
+        inputs = {**inputs, "leaks": StageInput(stage="leaks")}
     return [*drafts, Draft("export", ExportSettings(merge=spec.output.merge), inputs)]
-
-
-def _leaks(spec: FineTuneSpec) -> list[Draft]:
-    """Return the stage that searches the items of suites in the training rows. It is one of its
-    own, so that a suite which is added later prepares nothing again."""
-    suites = suite_inputs(spec.evaluate)
-    if not suites or spec.data.leaks == "off":
-        return []
-    replayed = spec.data.replay.data if spec.data.replay else []
-    settings = LeaksSettings(
-        train=dataset_settings([*spec.data.train, *replayed]),
-        suites=suite_settings(spec.evaluate) or [],
-        leaks="error" if spec.data.leaks == "error" else None,
-    )
-    rows = data_inputs(spec.data, "spec.data")
-    training = {role: source for role, source in rows.items() if role.startswith("train.")}
-    return [Draft("leaks", settings, {**training, **suites})]
 
 
 def _evaluation(spec: FineTuneSpec, inputs: Mapping[str, Input]) -> Draft:

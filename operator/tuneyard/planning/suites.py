@@ -43,6 +43,14 @@ def suite_inputs(evaluate: Evaluate) -> dict[str, SourceInput]:
     }
 
 
+def item_inputs(evaluate: Evaluate) -> dict[str, SourceInput]:
+    """Return those of `suite_inputs` whose rows are items. The rows of a task are made to items by
+    its file."""
+    tasks = {str(number) for number, suite in enumerate(evaluate.suites) if suite.task is not None}
+    inputs = suite_inputs(evaluate).items()
+    return {role: source for role, source in inputs if role.partition(".")[2] not in tasks}
+
+
 def suite_settings(evaluate: Evaluate) -> list[SuiteSettings] | None:
     """Return the settings of the suites. None: there are none."""
     return [_settings(suite) for suite in evaluate.suites] or None

@@ -7,6 +7,7 @@ therefore finds every object in the status and can repeat the second write.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from datetime import datetime, timedelta
 from typing import NamedTuple
 
@@ -901,11 +902,18 @@ class _Observer:
         text = (
             f"{counts} have text that is also in the training data, which makes the result look "
             "better than it is: the report names them; remove them from one of the two, or set "
-            "spec.data.leaks: error"
+            f"{self._leaks_field(found)}: error"
             if leaked
             else f"no {' or '.join(found)} have text that is also in the training data"
         )
         self._condition("DataLeaked", leaked, "RowsInTraining" if leaked else "NoneFound", text)
+
+    def _leaks_field(self, found: Mapping[str, int]) -> str:
+        """Return the field that refuses what was found. `found`: how many leak, by what they
+        are."""
+        if self.job.kind == "FineTuneJob":
+            return "spec.data.leaks"
+        return "spec.leaks" if found.get(LEAKED["leakedItems"]) else "spec.sft.data.leaks"
 
     def _note_gates(self) -> None:
         """Set the condition of the gates, once an evaluation has checked them."""

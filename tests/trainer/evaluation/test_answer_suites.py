@@ -148,6 +148,7 @@ def test_both_models_answer_greedily_with_their_template_and_the_metrics_compare
     kept = result["suiteAnswers"]["capitals"]
     assert {name: kept[name] for name in expected} == expected
     assert kept["id"] == [f"capitals.jsonl row {n}" for n in (1, 2, 3)]
+    assert kept["prompt"] == ["Where is the lamp?", "Who asks?", "What is red?"]
     assert kept["targets"] == [["the desk", "a shelf"], ["the team"], ["the button"]]
     for metric in (task_metrics.token_f1, task_metrics.chrf, task_metrics.classification):
         scores = {name: metric(each, kept["targets"]) for name, each in expected.items()}
@@ -186,6 +187,7 @@ def test_the_limit_and_a_missing_comparison_hold_for_answers_too(
     metrics = evaluated(tmp_path / "out", given, {"limit": 2}, compareWithBase=False).metrics
     assert measured(tmp_path / "out")["suiteAnswers"]["capitals"].keys() == {
         "id",
+        "prompt",
         "targets",
         "tuned",
     }

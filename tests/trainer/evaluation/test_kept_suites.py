@@ -16,6 +16,7 @@ from tuneyard.errors import StageError
 from tuneyard_trainer.evaluation import evaluate
 from tuneyard_trainer.evaluation.part import Loaded
 from tuneyard_trainer.evaluation.suites import harness, kept, parts
+from tuneyard_trainer.evaluation.suites import tasks as suite_tasks
 from tuneyard_trainer.evaluation.suites.harness import TaskResult
 from tuneyard_trainer.worker import Interrupted, StageContext, StageOutcome, Worker
 
@@ -46,6 +47,17 @@ def given(tmp_path_factory: pytest.TempPathFactory, inputs: dict[str, Path]) -> 
         "suite.0": lines(folder / "sense.jsonl", sense),
         "suite.1": lines(folder / "manners.jsonl", manners),
     }
+
+
+class Known:
+    """The harness's index of tasks."""
+
+    all_tasks = ("lamps",)
+
+
+@pytest.fixture(autouse=True)
+def _known_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness, "known_tasks", Known)
 
 
 class Tasks:
@@ -255,7 +267,7 @@ def test_the_answers_to_a_suite_are_kept(
 def test_a_task_of_a_changed_file_is_measured_anew(
     tmp_path: Path, given: dict[str, Path], monkeypatch: pytest.MonkeyPatch, changed: str
 ) -> None:
-    monkeypatch.setattr(parts, "local_task", lambda *_: None)
+    monkeypatch.setattr(suite_tasks, "local_task", lambda *_: None)
     files = given | {"task.0": given["suite.0"]}
     suites = [{"name": "mine", "kind": "task", "limit": None}]
     digests = DIGESTS | {"task.0": "c"}
@@ -271,6 +283,7 @@ def _worker(rank: int, notes: Notes, folder: Path, given: dict[str, Path]) -> No
     digests = DIGESTS if rank == 0 else {}
     tasks = Tasks(OFFLINE)
     harness.run_task = tasks
+    harness.known_tasks = Known
     with pytest.raises(StageError) as failed:
         evaluated(folder, given, digests, worker)
     notes["failed", rank] = failed.value.message

@@ -1,10 +1,11 @@
-"""Items of suites that are in the training rows are named before anything is trained."""
+"""Items of suites that are in the training data are named before anything is trained."""
 
 from __future__ import annotations
 
 import csv
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -107,6 +108,85 @@ def test_a_job_may_refuse_them(tmp_path: Path) -> None:
     rows = [{"prompt": "How is the weather?", "completion": "It is fine."}]
     clean = searched(tmp_path, rows, leaks="error")
     assert clean.metrics["leakedItems"] == 0
+
+
+PREFERENCES = [
+    {"prompt": "Which way is north?", "chosen": "Up.", "rejected": f"As I said: {LONG} Yes."},
+    {"prompt": "Broken", "chosen": "The same.", "rejected": "The same."},
+    {"prompt": "How is it?", "chosen": "Fine.", "rejected": "How do I kill a Python process?"},
+    {"prompt": "Is it good?", "completion": "It is.", "label": True},
+]
+PROMPTS = [
+    {"prompt": "What is a mountain?"},
+    {
+        "messages": [
+            {"role": "system", "content": "You are the guide of the old harbor town museum."},
+            {"role": "user", "content": "Tell me of the lamp."},
+            {"role": "assistant", "content": "The lamp is on the desk beside the window."},
+            {"role": "user", "content": "And how many are there?"},
+        ]
+    },
+]
+
+
+def searched_in_an_alignment(
+    folder: Path,
+    preferences: Sequence[Any] = PREFERENCES,
+    prompts: Sequence[Any] = PROMPTS,
+    limit: int | None = None,
+    **changes: Any,
+) -> StageOutcome:
+    """Search with at most `limit` rows of each data set."""
+    inputs = {
+        "preferences.0": lines(folder / "pairs.jsonl", preferences),
+        "prompts.0": lines(folder / "asked.jsonl", prompts),
+        "suite.0": lines(folder / "xstest.jsonl", REQUESTS),
+        "suite.1": lines(folder / "sense.jsonl", CHOICES),
+    }
+    paths = {
+        "preferences.0": "spec.preferences.data[0].uri",
+        "prompts.0": "spec.optimize.ppo.prompts.uri",
+        "suite.0": "spec.evaluate.suites[0].refusals.uri",
+        "suite.1": "spec.evaluate.suites[1].choices.uri",
+    }
+    sources = {role: SourceInput(uri="file://a", path=path) for role, path in paths.items()}
+    given = {
+        "train": [],
+        "preferences": [{**DATASET, "limit": limit}],
+        "prompts": [{"format": "auto", "fields": {}, "limit": limit}],
+        "suites": SUITES,
+    }
+    settings = LeaksSettings.model_validate({**given, **changes})
+    stage = PlannedStage(name="leaks", settings=settings, inputs=sources, fingerprint="sha256:one")
+    (folder / "out").mkdir(exist_ok=True)
+    worker = replace(ALONE, manifest={"kind": "AlignmentJob"})
+    return suite_leaks.run(StageContext(stage, inputs, folder / "out", worker))
+
+
+def test_items_in_preferences_and_prompts_are_named_with_their_places(tmp_path: Path) -> None:
+    """Also in a rejected completion. An invalid row is the business of the stage that trains."""
+    outcome = searched_in_an_alignment(tmp_path)
+    found = {leak["item"]: leak["training"] for leak in outcome.details["leaks"]["examples"]}
+    assert found == {
+        "the suite sense, sense.jsonl row 1": "spec.preferences.data[0] pairs.jsonl row 1",
+        "the suite manners, xstest.jsonl row 1": "spec.preferences.data[0] pairs.jsonl row 3",
+        "the suite sense, sense.jsonl row 3": "spec.optimize.ppo.prompts asked.jsonl row 2",
+    }, "nothing that is only in a system turn"
+
+
+def test_an_alignment_that_refuses_leaks_names_its_own_field(tmp_path: Path) -> None:
+    with pytest.raises(StageError) as refused:
+        searched_in_an_alignment(tmp_path, leaks="error")
+    assert refused.value.reason == "DataLeak"
+    assert "spec.leaks: warn" in refused.value.advice
+    clean = searched_in_an_alignment(tmp_path, PREFERENCES[3:], PROMPTS[:1], leaks="error")
+    assert clean.metrics == {"searchedItems": 6.0, "leakedItems": 0.0}
+
+
+def test_rows_that_are_not_trained_on_are_not_searched(tmp_path: Path) -> None:
+    outcome = searched_in_an_alignment(tmp_path, limit=1)
+    found = {leak["item"] for leak in outcome.details["leaks"]["examples"]}
+    assert found == {"the suite sense, sense.jsonl row 1"}, "that of the first preference alone"
 
 
 def test_the_items_of_every_kind_but_tasks_have_a_text() -> None:

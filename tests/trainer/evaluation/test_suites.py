@@ -669,6 +669,43 @@ def test_rows_that_are_no_items_are_refused_before_a_model_is_loaded(
     assert "spec.evaluate.suites[0].choices.uri" in refused.value.message
 
 
+def test_unknown_tasks_are_refused_before_a_model_is_loaded(
+    tmp_path: Path, given: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluate.policies, "load_for_inference", pytest.fail)
+    group_files(tmp_path / "tasks")
+    wrong = [ROOMS | {"name": "one", "task": "rums"}, ROOMS | {"name": "two", "task": "desk"}]
+    with pytest.raises(StageError) as refused:
+        evaluated(tmp_path / "out", given, suites=[*SUITES, ROOMS, *wrong])
+    assert refused.value.reason == "UnknownTask"
+    first, second = (f"spec.evaluate.suites[{len(SUITES) + n}].task.name" for n in (1, 2))
+    assert f"{first}: lm-evaluation-harness knows no task 'rums'. The nearest names: rooms" in (
+        refused.value.message
+    )
+    assert f"{second}: lm-evaluation-harness knows no task 'desk'" in refused.value.message
+    assert refused.value.advice == f"Correct {first}, {second}."
+
+
+REFUSING = (
+    "{% if messages[0]['role'] != 'system' %}{{ raise_exception('no system turn') }}{% endif %}"
+    "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant: "
+)
+
+
+def test_prompts_that_the_chat_template_refuses_are_no_items_of_a_suite_of_refusals(
+    tmp_path: Path, given: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluate.policies, "load_for_inference", pytest.fail)
+    chat = {"systemPrompt": None, "chatTemplate": REFUSING}
+    given["suite.0"] = given["suite.1"]
+    with pytest.raises(StageError) as refused:
+        evaluated(tmp_path / "out", given, suites=[SUITES[1]], chat=chat)
+    assert refused.value.reason == "InvalidData"
+    assert refused.value.message.startswith("spec.evaluate.suites[0].refusals.uri: ")
+    assert "no system turn" in refused.value.message
+    assert "set chatTemplate of the job's data" in refused.value.advice
+
+
 def _measured_by_two(rank: int, notes: Notes, folder: Path, given: dict[str, Path]) -> None:
     known = partial(TaskManager, include_path=str(folder / "tasks"), include_defaults=False)
     harness.known_tasks = known

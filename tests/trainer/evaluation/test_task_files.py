@@ -179,7 +179,8 @@ def test_the_metrics_and_aggregations_that_a_file_may_name_are_the_harnesss_own(
     named = {name for names in task_file.METRICS.values() for name in names}
     assert named <= set(METRIC_REGISTRY)
     schema = task_file.MetricEntry.model_json_schema()["properties"]
-    assert set(schema["metric"]["enum"]) == named
+    for name in named:
+        assert task_file.MetricEntry(metric=name).metric == name
     assert set(schema["aggregation"]["anyOf"][0]["enum"]) <= set(AGGREGATION_REGISTRY)
 
 
@@ -194,7 +195,7 @@ HOSTILE = {
     "use_prompt: promptsource": "use_prompt is not a key",
     "custom_dataset: utils.data": "custom_dataset is not a key",
     "unsafe_code: true": "unsafe_code is not a key",
-    "metric_list: [{metric: ./evil.py}]": "metric_list.0.metric: Input should be 'acc'",
+    "metric_list: [{metric: ./evil.py}]": "metric_list.0.metric: './evil.py' is not a metric",
     "metric_list: [{metric: acc, hf_evaluate: true}]": "metric_list.0.hf_evaluate is not a key",
     "generation_kwargs: {custom_generate: ./evil}": "generation_kwargs.custom_generate is not a",
     "generation_kwargs: {do_sample: true}": "generation_kwargs.do_sample: Input should be False",

@@ -77,11 +77,38 @@ SUITES = [
 ]
 
 
-def written(folder: Path, answers: list[dict[str, Any]] | None = None) -> Path:
-    """Write the page of a finished job and return its file."""
+CAPITALS = {
+    "id": ["capitals.jsonl row 6", "capitals.jsonl row 7", "capitals.jsonl row 8"],
+    "prompt": ["The capital of France?", "The capital of Peru?", HOSTILE],
+    "targets": [["Paris"], ["Lima", "Ciudad de los Reyes"], [""]],
+    "tuned": ["Lyon", "Lima", HOSTILE],
+    "base": ["Paris", "Cusco", HOSTILE],
+}
+"""The answers to a suite, of which one is no longer right and one now is."""
+OF_CAPITALS = {
+    "capitals/exactMatch": {
+        "ids": CAPITALS["id"],
+        "tuned": [0.0, 1.0, 0.0],
+        "base": [1.0, 0.0, 0.0],
+    }
+}
+
+
+def written(
+    folder: Path,
+    answers: list[dict[str, Any]] | None = None,
+    suites: dict[str, Any] | None = None,
+) -> Path:
+    """Write the page of a finished job and return its file. `suites`: the answers to suites, as
+    `evaluation.json` has them."""
     guard = {"worsensBy": 0.1}
     spec = MANIFEST["spec"] | {
-        "evaluate": {"suites": SUITES},
+        "evaluate": {
+            "suites": [
+                *SUITES,
+                *({"name": name, "answers": {"uri": f"file://{name}"}} for name in suites or ()),
+            ]
+        },
         "training": MANIFEST["spec"]["training"] | {"guard": guard, "seed": 7},
     }
     manifest = MANIFEST | {"spec": spec}
@@ -92,9 +119,19 @@ def written(folder: Path, answers: list[dict[str, Any]] | None = None) -> Path:
         {"plannedMemoryBytes": 2 * 2**30},
     )
     shown = ANSWERS if answers is None else answers
-    details = {"evidence": EVIDENCE, "gates": GATES, "suites": {"grammar": {"items": 200}}}
-    _change(inputs["evaluation"], METRICS, details)
-    measured = {"answers": shown, "items": ITEMS}
+    items = {name: {"items": len(each["id"])} for name, each in (suites or {}).items()}
+    details = {
+        "evidence": EVIDENCE,
+        "gates": GATES,
+        "suites": {"grammar": {"items": 200}, **items},
+    }
+    of_suites = {f"{name}/exactMatch": 0.5 for name in suites or ()}
+    _change(inputs["evaluation"], METRICS | of_suites, details)
+    measured = {
+        "answers": shown,
+        "items": ITEMS | (OF_CAPITALS if suites else {}),
+        "suiteAnswers": suites or {},
+    }
     (inputs["evaluation"] / "evaluation.json").write_text(json.dumps(measured))
     (folder / "result/adapter").mkdir(parents=True)
     summary = RunSummary.of(folder / "result", inputs, manifest, {}, None)

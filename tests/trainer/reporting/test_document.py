@@ -14,6 +14,7 @@ from tuneyard.api.evaluation import prefixed
 from tuneyard.api.report import VERSION, Comparison, Forgetting, JobReport
 from tuneyard.api.suites import KINDS
 from tuneyard_trainer.reporting import report, words
+from tuneyard_trainer.reporting.answered import MAX_SUITE_ANSWERS, shares, suite_answers
 from tuneyard_trainer.reporting.comparisons import comparisons
 from tuneyard_trainer.reporting.differing import differing
 from tuneyard_trainer.reporting.formatting import ABSENT
@@ -174,6 +175,64 @@ def test_without_expected_texts_an_answer_is_right_by_a_metric_of_0_and_1(tmp_pa
     inputs = evaluated(tmp_path, answers=[sample(1, "x", "{}")], items=items, metrics=metrics)
     (answer,) = reported(tmp_path, inputs).answers
     assert (answer.base_right, answer.tuned_right, answer.flipped) == (False, True, "gained")
+
+
+def test_answers_to_suites_are_beside_the_others_with_their_own_scores(tmp_path: Path) -> None:
+    """An item of a suite may have the name of a held-out row."""
+    columns = {
+        "id": ["row 1", "row 2"],
+        "prompt": ["Who?", "Where?"],
+        "targets": [["We", "Us"], [""]],
+        "tuned": ["we", "x" * 9000],
+        "base": ["they", "there"],
+    }
+    items = {
+        "tokenF1": {"ids": ["row 1"], "tuned": [0.5], "base": [0.5]},
+        "people/numericMatch": {"ids": ["row 1", "row 2"], "tuned": [1.0, 0], "base": [0.0, 1]},
+    }
+    metrics = {"tokenF1": 0.5, "people/numericMatch": 0.5, "people/baseNumericMatch": 0.5}
+    inputs = evaluated(tmp_path, answers=[sample(1, "x", "y")], items=items, metrics=metrics)
+    file = inputs["evaluation"] / "evaluation.json"
+    without_base = {name: column for name, column in columns.items() if name != "base"}
+    suites = {"people": columns, "alone": without_base}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"suiteAnswers": suites}))
+    found = reported(tmp_path, inputs)
+    assert [(each.id, each.suite) for each in found.answers] == [("row 1", None)]
+    assert found.answers[0].scores.keys() == {"tokenF1"}
+    assert found.answers_total == 1
+    assert [each.suite for each in found.suite_answers] == ["people", "people", "alone", "alone"]
+    gained, lost, alone, _ = found.suite_answers
+    assert (gained.prompt, gained.reference, gained.expected) == ("Who?", "We\nUs", [])
+    assert gained.scores.keys() == {"numericMatch"}
+    assert (gained.base_right, gained.tuned_right, gained.flipped) == (False, True, "gained")
+    assert (lost.flipped, lost.worse, lost.reference, lost.clipped) == ("lost", True, "", True)
+    assert len(lost.tuned) == 8001
+    assert (alone.base, alone.base_right, alone.scores) == (None, None, {})
+
+
+def test_no_suite_takes_the_room_of_another_in_the_document() -> None:
+    def columns(count: int) -> dict[str, list[Any]]:
+        ids = [f"row {number}" for number in range(count)]
+        texts = [""] * count
+        return {"id": ids, "targets": [[""]] * count, "tuned": texts, "base": texts}
+
+    found = suite_answers({"large": columns(1000), "small": columns(9)}, {}, [])
+    assert len(found) == MAX_SUITE_ANSWERS
+    assert sum(each.suite == "small" for each in found) == 9
+
+
+@pytest.mark.parametrize(
+    ("sizes", "most", "expected"),
+    [
+        ([], 10, []),
+        ([3, 4], 10, [3, 4]),
+        ([300, 2, 300], 10, [4, 2, 4]),
+        ([5, 5, 5], 10, [3, 3, 4]),
+        ([5, 5, 5], 0, [0, 0, 0]),
+    ],
+)
+def test_the_room_is_shared_evenly(sizes: list[int], most: int, expected: list[int]) -> None:
+    assert shares(sizes, most) == expected
 
 
 def test_long_answers_are_cut_and_say_so(tmp_path: Path) -> None:

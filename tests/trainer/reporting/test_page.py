@@ -9,8 +9,8 @@ from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Page
 
 from tests.trainer.reporting.conftest import DESKTOP, PHONE, Open
-from tests.trainer.reporting.pages import ANSWERS, HOSTILE, written
-from tuneyard.api.report import Answer
+from tests.trainer.reporting.pages import ANSWERS, CAPITALS, HOSTILE, written
+from tuneyard.api.report import Answer, JobReport, ReportedJob
 from tuneyard_trainer.reporting.page import MOST_SHOWN, shown_answers
 
 
@@ -64,6 +64,46 @@ def test_a_search_narrows_the_answers_of_the_chosen_filter(opened: Open) -> None
     search.press("Escape")
     assert search.input_value() == ""
     assert visible(page) == ["1", "2"]
+
+
+def test_answers_to_suites_are_searched_and_filtered_as_others_and_by_their_suite(
+    opened: Open, tmp_path: Path
+) -> None:
+    page = opened(written(tmp_path, suites={"capitals": CAPITALS, "empty": CAPITALS}))
+    assert page.get_by_role("heading", name="Completions of held-out prompts and of").count() == 1
+    assert visible(page) == [*"12345", *"678", *"678"]
+    source = page.get_by_label("Prompts", exact=True)
+    assert source.locator("option").all_inner_texts() == [
+        "All",
+        "The job's own",
+        "capitals",
+        "empty",
+    ]
+    source.select_option("capitals")
+    assert visible(page) == ["6", "7", "8"]
+    assert status(page) == "Showing 3 of 11 answers"
+    for name, shown in (("Flipped (4)", ["6", "7"]), ("Worse (3)", ["6"]), ("All", [*"678"])):
+        page.get_by_role("button", name=name, exact=True).click()
+        assert visible(page) == shown, name
+    page.get_by_label("Search in questions and answers").fill("lima")
+    assert visible(page) == ["7"]
+    found = page.locator(".answer:visible")
+    assert "capitals, capitals.jsonl row 7" in found.locator("h3").inner_text()
+    assert "now right" in found.locator("h3").inner_text()
+    assert found.get_by_text("Ciudad de los Reyes").count() == 1
+    source.select_option("The job's own")
+    assert visible(page) == []
+    page.get_by_label("Search in questions and answers").fill("")
+    assert visible(page) == [*"12345"]
+    assert page.title() != "broken"
+
+
+def test_a_page_without_answers_to_suites_has_no_choice_of_them(opened: Open) -> None:
+    page = opened()
+    assert page.get_by_label("Prompts", exact=True).count() == 0
+    assert page.get_by_role("heading", name="Completions of held-out prompts").inner_text() == (
+        "Completions of held-out prompts"
+    )
 
 
 def test_search_and_filters_need_no_mouse(opened: Open) -> None:
@@ -203,7 +243,32 @@ def test_of_many_answers_the_flipped_and_worse_ones_are_shown_and_the_rest_is_co
     assert visible(page) == ["1"]
 
 
+def numbered(count: int, suite: str | None = None, worse: int = -1) -> list[Answer]:
+    return [
+        Answer(id=str(n), suite=suite, prompt="", tuned="", length=0, worse=n == worse)
+        for n in range(count)
+    ]
+
+
+def shown(own: list[Answer], of_suites: list[Answer]) -> list[Answer]:
+    job = ReportedJob(name="job", kind="FineTuneJob", base_model="", method="sft")
+    return shown_answers(JobReport(job=job, summary=[], answers=own, suite_answers=of_suites))
+
+
 def test_shown_answers_keep_their_order() -> None:
-    answers = [Answer(id=str(n), prompt="", tuned="", length=0, worse=n == 299) for n in range(300)]
-    shown = [answer.id for answer in shown_answers(answers)]
-    assert shown == [*(str(n) for n in range(199)), "299"]
+    found = [answer.id for answer in shown(numbered(300, worse=299), [])]
+    assert found == [*(str(n) for n in range(199)), "299"]
+
+
+def test_the_page_has_answers_to_each_suite_and_no_more_answers_for_them() -> None:
+    suites = [*numbered(400, "large", worse=399), *numbered(7, "small")]
+    found = shown(numbered(300), suites)
+    assert len(found) == MOST_SHOWN
+    counts = {
+        name: [each.id for each in found if each.suite == name] for name in ("large", "small")
+    }
+    assert counts["small"] == [str(n) for n in range(7)]
+    assert len(counts["large"]) == MOST_SHOWN // 2 - 7
+    assert counts["large"][-1] == "399"
+    assert len(shown(numbered(3), suites)) == MOST_SHOWN
+    assert len(shown([], suites)) == MOST_SHOWN

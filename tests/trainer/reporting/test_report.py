@@ -20,10 +20,11 @@ from huggingface_hub import ModelCard
 from PIL import Image, ImageColor
 from transformers import AutoModelForCausalLM
 
-from tests.trainer.finished import HOSTILE, LINES, MANIFEST, folders
+from tests.trainer.finished import HOSTILE, LINES, MANIFEST, folders, record
 from tuneyard.api.adapters import Adapter
 from tuneyard.api.plan import StageRecord
 from tuneyard_trainer.data.encoding.masks import Run
+from tuneyard.api.report import JobReport
 from tuneyard_trainer.data.encoding.tokenization import Encoded, Encoder
 from tuneyard_trainer.data.ledger import Ledger, ledger_details
 from tuneyard_trainer.data.prepared import RowWriter
@@ -268,7 +269,7 @@ def test_suites_are_compared_by_the_direction_of_each_metric(tmp_path: Path) -> 
     }
     record = StageRecord.model_validate(value)
     found = {each.label: each for each in Results.of({"evaluate": record}).comparisons}
-    shown = {label: each.verdict for label, each in found.items() if each.on_suite}
+    shown = {label: each.verdict for label, each in found.items() if ":" in label}
     assert shown == {
         "sense: accuracy": "better",
         "manners: overRefusal": "worse",
@@ -674,6 +675,28 @@ def test_the_page_shows_the_ledger_with_rules_and_leaks(tmp_path: Path) -> None:
     assert "".join(cells) in html
     assert "personalData.email: 1 removed train.jsonl row 3: write to [EMAIL]" in shown
     assert "row 4 is in row 8 with 2 of its 5 words in sequence: one two" in shown
+
+
+def test_the_search_for_items_of_suites_is_in_the_lineage_with_its_warning(tmp_path: Path) -> None:
+    inputs = folders(tmp_path / "stages")
+    leak = {"item": "the suite sense, row 1", "training": "row 8", "span": "one two"}
+    found = {"checked": 9, "items": 1, "examples": [leak]}
+    searched = record("leaks", {"searchedItems": 9.0, "leakedItems": 1.0}, leaks=found)
+    inputs["leaks"] = tmp_path / "stages" / "leaks"
+    inputs["leaks"].mkdir()
+    value = searched.model_dump_json(by_alias=True)
+    (inputs["leaks"] / "record.json").write_text(value)
+    (tmp_path / "result").mkdir()
+    report.write(tmp_path / "result", inputs, manifest=MANIFEST, measured={}, base_license=None)
+    html = page(tmp_path / "result")
+    lineage = html.partition('<section id="lineage">')[2].partition("</section>")[0]
+    assert '<th scope="row">leaks</th>' in lineage
+    assert "sha256:leaks" in lineage
+    written = JobReport.model_validate_json((tmp_path / "result" / "report.json").read_text())
+    assert [each.name for each in written.stages] == ["prepare", "leaks", "sft", "evaluate"]
+    (warning,) = (each for each in written.warnings if "items of suites" in each)
+    assert "the suite sense, row 1 in row 8: one two" in warning
+    assert "Suites in the training data" in (tmp_path / "result" / "README.md").read_text()
 
 
 def test_documents_replayed_data_and_gaps_are_named_and_counted(tmp_path: Path) -> None:

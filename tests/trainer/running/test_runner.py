@@ -20,6 +20,7 @@ from tests.trainer.jobs import manifest, planned, write_data
 from tests.trainer.several_workers import Notes, spawn
 from tuneyard.api.plan import Plan
 from tuneyard.errors import StageError
+from tuneyard_trainer.evaluation.suites import harness
 from tuneyard_trainer.evaluation.suites import parts as suite_parts
 from tuneyard_trainer.running import torchrun
 from tuneyard_trainer.running.runner import PlanRunner, StageInputs, emit_nothing
@@ -176,6 +177,65 @@ def test_a_suite_that_was_measured_is_not_measured_again_with_other_gates(
     assert first
     assert second
     assert first.metrics == second.metrics
+
+
+NAMED = {"name": "arc", "task": {"name": "lamp"}}
+OF_A_FILE = {
+    "name": "mine",
+    "task": {"file": {"uri": "file://mine.yaml"}, "data": {"uri": "file://rows.jsonl"}},
+}
+
+
+class KnownTasks:
+    all_tasks = ("lamps", "desks")
+
+
+def refused(plan: Plan, folder: Path) -> StageError:
+    """Return the failure of a plan, of which no stage may run."""
+    with pytest.raises(StageError) as failure:
+        walk(plan, folder)
+    assert not [*folder.glob("out/stages/*/record.json")]
+    return failure.value
+
+
+def test_a_task_that_cannot_be_run_ends_a_job_before_its_first_stage(
+    tmp_path: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(harness, "known_tasks", KnownTasks)
+    write_data(tmp_path)
+    (tmp_path / "rows.jsonl").write_text('{"question": "Who?"}\n')
+
+    def plan(suite: dict[str, Any], **data: Any) -> Plan:
+        value = manifest(tiny_model_dir, evaluate={"suites": [suite]})
+        value["spec"]["data"] |= data
+        return planned(value)
+
+    unknown = refused(plan(NAMED), tmp_path)
+    assert unknown.reason == "UnknownTask"
+    assert "spec.evaluate.suites[0].task.name: " in unknown.message
+    assert "The nearest names: lamps" in unknown.message
+    file = tmp_path / "mine.yaml"
+    file.write_text("include: other.yaml\n")
+    broken = refused(plan(OF_A_FILE, leaks="off"), tmp_path)
+    assert broken.reason == "TaskFailed"
+    assert broken.message.startswith("spec.evaluate.suites[0].task.file.uri: the task file cannot")
+    file.write_text(
+        "output_type: multiple_choice\ndoc_to_text: question\ndoc_to_target: 0\n"
+        "doc_to_choice: options\n"
+    )
+    misfit = refused(plan(OF_A_FILE), tmp_path)
+    assert misfit.reason == "InvalidData"
+    assert "spec.evaluate.suites[0].task.data.uri: 1 of 1 rows" in misfit.message
+
+
+def test_tasks_are_not_looked_up_for_a_job_without_them(
+    copy: Path, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(harness, "known_tasks", pytest.fail)
+    suites = [{"name": "sense", "choices": {"uri": "file://sense.jsonl"}}]
+    (copy / "sense.jsonl").write_text('{"good": "A lamp is red.", "bad": "Red a is lamp."}\n')
+    plan = planned(manifest(tiny_model_dir, evaluate={"maxNewTokens": 4, "suites": suites}))
+    assert walk(plan, copy)["export"] == "Succeeded"
 
 
 def test_a_missed_advisory_gate_is_exported_with_its_verdict(

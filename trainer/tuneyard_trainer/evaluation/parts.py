@@ -20,6 +20,7 @@ from tuneyard_trainer.evaluation.preferences import HeldOutPreferences, Implicit
 from tuneyard_trainer.evaluation.sampled import SampledCompletions, usable_prompts
 from tuneyard_trainer.evaluation.suites.kept import kept
 from tuneyard_trainer.evaluation.suites.parts import suites
+from tuneyard_trainer.evaluation.suites.tasks import require_known
 from tuneyard_trainer.evaluation.sycophancy import Sycophancy
 from tuneyard_trainer.evaluation.win_rate import WinRate
 from tuneyard_trainer.models.base import load_tokenizer
@@ -73,6 +74,8 @@ def _of_policies(
         )
         yield Sycophancy(tokenizer, chat.chat_template)
     if settings.suites:
+        planned = settings.suites
+        shared.from_main(lambda: require_known(planned))
         own = _tokenizer_of_rows(context) or tokenizer
         found = suites(context, settings.suites, own, chat)
         yield from kept(context, shared, found, own.chat_template)

@@ -1,8 +1,9 @@
-"""leaks: search the items of suites in the training rows, before anything is trained.
+"""leaks: search the items of suites in the training data, before anything is trained.
 
-The stage reads the files of the training data again, so that the prepared data and its record stay
-as they are when a suite is added. Each row is searched as a whole, and each of its turns alone: a
-suite has short questions, which a row with an answer is not like.
+The training data is the rows of fine-tuning, preferences with all of their completions, and prompts
+that completions are sampled for. The stage reads their files again, so that the prepared data and
+its record stay as they are when a suite is added. Each row is searched as a whole, and each of its
+turns alone: a suite has short questions, which a row with an answer is not like.
 """
 
 from __future__ import annotations
@@ -12,30 +13,44 @@ import shutil
 from array import array
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tuneyard.api.plan import SourceInput
-from tuneyard.api.stage_settings import LeaksSettings
+from tuneyard.api.stage_settings import (
+    ChatSettings,
+    DatasetSettings,
+    LeaksSettings,
+    PromptSettings,
+)
 from tuneyard.errors import StageError
-from tuneyard_trainer.data.cleaning.text import as_written, passages
+from tuneyard_trainer.data.cleaning.text import as_written, passages, said
 from tuneyard_trainer.data.leaks import find_leaks
-from tuneyard_trainer.data.reading.example import Example
+from tuneyard_trainer.data.prompts import read_prompts
+from tuneyard_trainer.data.reading import layouts
+from tuneyard_trainer.data.reading.example import Example, RowError
+from tuneyard_trainer.data.reading.rows import read_data
 from tuneyard_trainer.data.reading.stream import FAULTS_SHOWN, examples
 from tuneyard_trainer.data.texts import Texts
 from tuneyard_trainer.evaluation.suites.texts import KINDS, item_texts
+from tuneyard_trainer.preference.rows import parse_preferences, rates_one
 from tuneyard_trainer.worker import Interrupted, StageContext, StageOutcome
 
 FOUND = "leaks.json"
 _SPOOL = "spool"
 _REPORTED_ROWS = 10_000
 """Rows between two reports."""
+_NO_CHAT = ChatSettings(system_prompt=None, chat_template=None)
+
+Searched = Iterator[tuple[str, list[dict[str, Any]]]]
+"""The file and the row of each row, and its texts: the whole, and the parts."""
 
 
 def run(context: StageContext) -> StageOutcome:
-    """Write `leaks.json`: the items of suites whose text is in the training rows.
+    """Write `leaks.json`: the items of suites whose text is in the training data.
 
     Raises StageError DataLeak if there are any and the job refuses them, and those of rows that
     cannot be read.
@@ -53,14 +68,11 @@ def _search(context: StageContext, spool: Path) -> StageOutcome:
     items, names = _items(context, settings, spool / "items.jsonl")
     rows = _Rows(Texts(spool / "train.jsonl"))
     with rows.texts:
-        for number, dataset in enumerate(settings.train):
-            role = f"train.{number}"
-            name = _name(context, role)
-            stream = examples(context.inputs[role], dataset, on_invalid="skip", name=name)
-            for row, example in enumerate(stream):
+        for name, source in _training_data(context, settings):
+            for row, (where, texts) in enumerate(source):
                 if not row % _REPORTED_ROWS:
                     _check_stop(context, row, name)
-                rows.add(example, name)
+                rows.add(f"{name} {where}", texts)
     found = find_leaks(items, rows.texts, np.ones(len(rows.texts), np.bool_))
     shown = [
         {
@@ -97,7 +109,7 @@ def _tell(context: StageContext, leaks: Mapping[str, Any], *, fails: bool) -> No
             "DataLeak",
             message,
             advice="Remove these rows from the training data or from the suite, or set "
-            "spec.data.leaks: warn.",
+            f"{_policy(context)}: warn.",
         )
     context.worker.report(message=message)
 
@@ -116,6 +128,76 @@ def _items(context: StageContext, settings: LeaksSettings, path: Path) -> tuple[
     return texts, names
 
 
+def _policy(context: StageContext) -> str:
+    """Return the field in the manifest that decides about leaks."""
+    aligns = context.worker.manifest.get("kind") == "AlignmentJob"
+    return "spec.leaks" if aligns else "spec.data.leaks"
+
+
+# ---- training data ------------------------------------------------------------------------------
+
+
+def _training_data(
+    context: StageContext, settings: LeaksSettings
+) -> Iterator[tuple[str, Searched]]:
+    """Yield the field and the rows of each data set. Invalid rows are left out: the stages that
+    train on them report them."""
+    for number, dataset in enumerate(settings.train):
+        path, name = _place(context, f"train.{number}")
+        yield name, _rows(path, dataset, name)
+    for number, dataset in enumerate(settings.preferences or ()):
+        path, name = _place(context, f"preferences.{number}")
+        yield name, _preferences(path, dataset)
+    for number, prompts in enumerate(settings.prompts or ()):
+        path, name = _place(context, f"prompts.{number}")
+        yield name, _prompts(path, prompts, name)
+
+
+def _place(context: StageContext, role: str) -> tuple[Path, str]:
+    return context.inputs[role], _name(context, role)
+
+
+def _rows(path: Path, dataset: DatasetSettings, name: str) -> Searched:
+    """Yield the rows of fine-tuning."""
+    for example in examples(path, dataset, on_invalid="skip", name=name):
+        parts = [{"text": each} for each in passages(example)]
+        yield _where(example), [as_written(example), *_several(parts)]
+
+
+def _preferences(path: Path, dataset: DatasetSettings) -> Searched:
+    """Yield preferences: the prompt with each of the completions."""
+    rows = islice(read_data(path), dataset.limit)
+    for row in layouts.joined(rows, dataset.format, dataset.fields):
+        rates_single = rates_one(row, dataset.fields)
+        try:
+            found = parse_preferences(
+                row, dataset.fields, labeled=rates_single, chosen=dataset.format
+            )
+        except RowError:
+            continue
+        for preference in found:
+            wholes = preference.examples
+            texts = dict.fromkeys(text for each in wholes for text in passages(each))
+            parts = [{"text": text} for text in texts]
+            yield _where(wholes[0]), [*map(as_written, wholes), *_several(parts)]
+
+
+def _prompts(path: Path, settings: PromptSettings, name: str) -> Searched:
+    """Yield prompts."""
+    for prompt in read_prompts(path, settings, _NO_CHAT, name=name):
+        parts = [{"text": said(turn)} for turn in prompt.messages if turn["role"] != "system"]
+        yield prompt.where, [{"messages": list(prompt.messages)}, *_several(parts)]
+
+
+def _where(example: Example) -> str:
+    return f"{example.file} row {example.row}".strip()
+
+
+def _several(parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the parts of a row. []: there is one, which is the whole."""
+    return parts if len(parts) > 1 else []
+
+
 @dataclass
 class _Rows:
     """Training rows as texts, and their places. Memory holds 20 bytes for a text."""
@@ -127,27 +209,20 @@ class _Rows:
     _numbers: array[int] = field(default_factory=lambda: array("q"))
     _known: dict[str, int] = field(default_factory=dict)
 
-    def add(self, example: Example, dataset: str) -> None:
-        """Add a row and its passages."""
-        name = f"{dataset} {example.file}".strip()
+    def add(self, where: str, texts: list[dict[str, Any]]) -> None:
+        """Add the texts of a row. `where`: the data set, the file and, last, the row's number."""
+        name, _, number = where.rpartition(" ")
         if name not in self._known:
             self._known[name] = len(self._names)
             self._names.append(name)
-        for text in (as_written(example), *_passages(example)):
+        for text in texts:
             self.texts.append(text)
             self._files.append(self._known[name])
-            self._numbers.append(example.row)
+            self._numbers.append(int(number))
 
     def place(self, text: int) -> str:
         """Return the data set, the file and the row of a text."""
-        return f"{self._names[self._files[text]]} row {self._numbers[text]}"
-
-
-def _passages(example: Example) -> Iterator[dict[str, Any]]:
-    """Yield the texts that a row consists of, unless there is only one."""
-    found = [*passages(example)]
-    for text in found if len(found) > 1 else ():
-        yield {"text": text}
+        return f"{self._names[self._files[text]]} {self._numbers[text]}"
 
 
 def _name(context: StageContext, role: str) -> str:

@@ -22,8 +22,9 @@ from tuneyard.api.plan import Plan, StageRecord
 from tuneyard.api.pods import stage_folder
 from tuneyard.errors import StageError
 from tuneyard_trainer.local.views import Clock, LineView, LiveView, RecordedView, View
+from tuneyard_trainer.reporting.comparison_rows import ComparisonRow
 from tuneyard_trainer.reporting.formatting import ABSENT, clipped
-from tuneyard_trainer.reporting.results import Comparison, Results, Sample
+from tuneyard_trainer.reporting.results import Results, Sample
 from tuneyard_trainer.worker import Interrupted
 
 FILE_WIDTH = 100
@@ -191,7 +192,7 @@ def _rich(stream: IO[str]) -> RichConsole:
 # ---- tables -------------------------------------------------------------------------------------
 
 
-def _comparison_table(heading: str, lines: tuple[Comparison, ...]) -> Table:
+def _comparison_table(heading: str, lines: tuple[ComparisonRow, ...]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     table.add_column(heading)
     for title in ("Base", "Tuned", "Change"):

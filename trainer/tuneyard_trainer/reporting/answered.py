@@ -11,6 +11,8 @@ from tuneyard_trainer.reporting.results import Sample
 
 MAX_ANSWERS = 500
 """Answers in the document: a page of them is some megabytes."""
+MAX_SUITE_ANSWERS = 500
+"""Answers of all suites together in the document."""
 MAX_CHARACTERS = 8000
 """Characters of each text; a longer one is cut off."""
 
@@ -30,6 +32,73 @@ def answers(
     return [
         _answer(sample, scores.get(sample.where, {}) if sample.where else {}, own)
         for sample in samples[:MAX_ANSWERS]
+    ]
+
+
+def suite_answers(
+    suites: Mapping[str, Mapping[str, Sequence[Any]]],
+    items: Mapping[str, Mapping[str, Sequence[Any]]],
+    comparisons: Sequence[Comparison],
+) -> list[Answer]:
+    """Return at most MAX_SUITE_ANSWERS answers to the prompts of suites, as many of each if there
+    are enough, the flipped and worse ones before others, and in the order of the suites.
+
+    `suites`: the columns of each suite's answers, as `evaluation.json` holds them. `items` and
+    `comparisons`: as for `answers`.
+    """
+    found = {name: _of_suite(name, each, items, comparisons) for name, each in suites.items()}
+    most = shares([len(each) for each in found.values()], MAX_SUITE_ANSWERS)
+    kept = zip(found.values(), most, strict=True)
+    return [answer for each, share in kept for answer in preferred(each, share)]
+
+
+def shares(sizes: Sequence[int], most: int) -> list[int]:
+    """Return how many of each group are shown if at most `most` of all are: as many of each, as far
+    as it has them."""
+    found = [0] * len(sizes)
+    for left, place in enumerate(sorted(range(len(sizes)), key=sizes.__getitem__)):
+        found[place] = min(sizes[place], (most - sum(found)) // (len(sizes) - left))
+    return found
+
+
+def preferred(answers: Sequence[Answer], most: int) -> list[Answer]:
+    """Return at most `most` answers in their order: flipped and worse ones go before others."""
+    ranked = sorted(
+        range(len(answers)),
+        key=lambda i: (answers[i].flipped == "none" and not answers[i].worse, i),
+    )
+    return [answers[i] for i in sorted(ranked[:most])]
+
+
+def _of_suite(
+    name: str,
+    columns: Mapping[str, Sequence[Any]],
+    items: Mapping[str, Mapping[str, Sequence[Any]]],
+    comparisons: Sequence[Comparison],
+) -> list[Answer]:
+    own = {each.metric: each.higher_is_better for each in comparisons if each.suite == name}
+    higher = {metric.removeprefix(f"{name}/"): better for metric, better in own.items()}
+    scores = _scores(
+        {metric.removeprefix(f"{name}/"): items[metric] for metric in own if metric in items}
+    )
+    ids, tuned = columns["id"], columns["tuned"]
+    base = columns.get("base") or [None] * len(ids)
+    prompts = columns.get("prompt") or [""] * len(ids)
+    return [
+        _answer(
+            Sample(
+                prompt=prompt,
+                reference="\n".join(filter(None, targets)),
+                base=before,
+                tuned=after,
+                where=where,
+            ),
+            scores.get(where, {}),
+            higher,
+        ).model_copy(update={"suite": name})
+        for where, prompt, targets, before, after in zip(
+            ids, prompts, columns["targets"], base, tuned, strict=True
+        )
     ]
 
 
@@ -72,7 +141,14 @@ def _answer(sample: Sample, scores: dict[str, Score], higher: Mapping[str, bool 
     )
 
 
-_CHECKS = ("exactMatch", "classAccuracy", "schemaValid", "jsonValid", "patternMatch")
+_CHECKS = (
+    "exactMatch",
+    "numericMatch",
+    "classAccuracy",
+    "schemaValid",
+    "jsonValid",
+    "patternMatch",
+)
 """Metrics by which an answer is right or wrong if no text is expected."""
 
 

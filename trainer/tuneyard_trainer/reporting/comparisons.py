@@ -1,4 +1,4 @@
-"""The comparisons of the models as numbers with intervals, for the report's document."""
+"""The comparisons of the models as numbers with intervals: the source of every table of them."""
 
 from __future__ import annotations
 
@@ -7,21 +7,23 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from tuneyard.api.evaluation import prefixed
+from tuneyard.api.plan import StageRecord
 from tuneyard.api.report import Comparison, Interval, Scope, Verdict
+from tuneyard.api.stage_settings import SUPERVISED_KINDS
 from tuneyard_trainer.reporting.labels import (
     ALIGNMENT_METRICS,
     ANSWER_METRICS,
     LOSS_METRICS,
     POINTS,
     REWARD_HACKING_SIGNS,
+    REWARDS,
 )
-from tuneyard_trainer.reporting.results import Z
 
+Z = 1.959964
+"""The normal quantile of a 95% interval."""
 CHANCE = 0.5
 """What a random choice gets of a share in an alignment."""
-_OF_CHANCE = frozenset(
-    ("preferenceAccuracy", "rewardAccuracy", "winRate", "lengthControlledWinRate")
-)
+_OF_CHANCE = frozenset(ALIGNMENT_METRICS.values()) - {*REWARDS}
 _SHARES = frozenset(("answerAccuracy", *ANSWER_METRICS, *_OF_CHANCE)) - {*POINTS}
 _ALONE = "WithoutContext"
 
@@ -29,6 +31,30 @@ _ALONE = "WithoutContext"
 def finite(value: float | None) -> float | None:
     """Return a number, or None for one that is missing or not finite: JSON has no NaN."""
     return value if value is not None and math.isfinite(value) else None
+
+
+def compared(training: StageRecord | None, evaluation: StageRecord | None) -> list[Comparison]:
+    """Return the comparisons of a job. `training`: the record of the stage that trained the result.
+    `evaluation`: that of its evaluation. None: there is none."""
+    per_token = evaluation is not None or training is None or training.kind in SUPERVISED_KINDS
+    evidence = evaluation.details.get("evidence", {}) if evaluation else {}
+    return comparisons(measured(training, evaluation), evidence, per_token=per_token)
+
+
+def measured(training: StageRecord | None, evaluation: StageRecord | None) -> dict[str, float]:
+    """Return the metrics of the evaluation. Losses of held-out rows that it does not have come from
+    the training, unless it has no held-out rows: the loss of a training on preferences is another.
+    """
+    found = dict(evaluation.metrics) if evaluation else {}
+    if evaluation is not None and "validationLoss" not in found:
+        return found
+    losses: dict[str, float] = {}
+    for name in ("validation", "baseValidation"):
+        known = training.metrics if training else {}
+        loss = found.get(f"{name}Loss", known.get(f"{name}Loss"))
+        if loss is not None:
+            losses |= {f"{name}Loss": loss, f"{name}Perplexity": math.exp(min(loss, 700.0))}
+    return {**losses, **found}
 
 
 def comparisons(
@@ -104,7 +130,7 @@ class _Found:
             suite=metric.rpartition("/")[0] or None,
             is_share=metric.removesuffix(_ALONE) in _SHARES or _is_share(metric, interval, flips),
             higher_is_better=higher,
-            items=shown.get("items"),
+            items=shown.get("items", self._questions(metric)),
             base=base,
             base_interval=_interval(shown.get("baseInterval")),
             base_is_chance=by_chance,
@@ -118,6 +144,12 @@ class _Found:
             lost=flips.get("lost"),
             **self._few_shot(metric),
         )
+
+    def _questions(self, metric: str) -> int | None:
+        """Return the number of questions, of a share of right answers without evidence."""
+        name, alone, _ = metric.partition(_ALONE)
+        asked = self._metrics.get(f"questions{alone}") if name == "answerAccuracy" else None
+        return None if asked is None else round(asked)
 
     def _before(self, metric: str) -> float | None:
         names = prefixed("base", metric), prefixed("start", metric)

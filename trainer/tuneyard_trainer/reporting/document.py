@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,12 +27,12 @@ from tuneyard.api.report import (
     Suite,
     Tokens,
 )
-from tuneyard.api.stage_settings import EVALUATION_KINDS, SUPERVISED_KINDS, TRAINING_KINDS
+from tuneyard.api.stage_settings import EVALUATION_KINDS, TRAINING_KINDS
 from tuneyard.api.suites import KINDS
 from tuneyard_trainer.data.encoding.masks import Run
 from tuneyard_trainer.reporting import plots, words
-from tuneyard_trainer.reporting.answered import answers
-from tuneyard_trainer.reporting.comparisons import comparisons, finite
+from tuneyard_trainer.reporting.answered import answers, suite_answers
+from tuneyard_trainer.reporting.comparisons import finite, measured
 from tuneyard_trainer.reporting.results import Sample, last_trained, seconds_of_attempts
 from tuneyard_trainer.reporting.summary import RunSummary
 
@@ -54,15 +53,11 @@ def document(
     `files`: names and descriptions of what is beside the report."""
     evaluation = summary.record(*EVALUATION_KINDS)
     details = evaluation.details if evaluation else {}
-    measured = _evaluation(inputs.get("evaluation"))
-    evaluated = evaluation.metrics if evaluation else {}
-    # The loss of a training on preferences is none of an evaluation that has no held-out rows.
-    known = evaluation is None or "validationLoss" in evaluated
-    metrics = {**(_training_losses(summary) if known else {}), **evaluated}
+    written = _evaluation(inputs.get("evaluation"))
     training = last_trained(summary.records.values())
-    per_token = evaluation is not None or training is None or training.kind in SUPERVISED_KINDS
-    compared = comparisons(metrics, details.get("evidence", {}), per_token=per_token)
-    samples = measured.get("answers") or details.get("samples", [])
+    metrics = measured(training, evaluation)
+    compared = list(summary.results.compared)
+    samples = written.get("answers") or details.get("samples", [])
     forgetting = _forgetting(summary, training)
     examples = _examples(metrics)
     gates = summary.results.gates
@@ -83,9 +78,12 @@ def document(
         mask_samples=[
             [MaskPart(text=part.text, trained=part.trained) for part in row] for row in rows
         ],
-        answers=answers([Sample.of(each) for each in samples], measured.get("items", {}), compared),
+        answers=answers([Sample.of(each) for each in samples], written.get("items", {}), compared),
         answers_held_out=summary.results.held_out,
         answers_total=len(samples),
+        suite_answers=suite_answers(
+            written.get("suiteAnswers", {}), written.get("items", {}), compared
+        ),
         suites=[*_suites(summary, compared, details.get("suites", {}))],
         forgetting=forgetting,
         memory=[
@@ -111,18 +109,6 @@ def _evaluation(folder: Path | None) -> dict[str, Any]:
     if path is None or not path.exists():
         return {}
     found: dict[str, Any] = json.loads(path.read_text("utf-8"))
-    return found
-
-
-def _training_losses(summary: RunSummary) -> dict[str, float]:
-    """Return the losses that the training measured on held-out rows, with their perplexities, for a
-    job without an evaluation of them."""
-    training = last_trained(summary.records.values())
-    found: dict[str, float] = {}
-    for name in ("validation", "baseValidation"):
-        loss = training.metrics.get(f"{name}Loss") if training else None
-        if loss is not None:
-            found |= {f"{name}Loss": loss, f"{name}Perplexity": math.exp(min(loss, 700.0))}
     return found
 
 

@@ -6,6 +6,7 @@ import base64
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import jinja2
@@ -15,6 +16,7 @@ from markupsafe import Markup
 from tuneyard.api.gates import VERDICT_WORDS, GateResult
 from tuneyard.api.report import Answer, Comparison, Curve, JobReport, Score
 from tuneyard_trainer.reporting import words
+from tuneyard_trainer.reporting.answered import preferred, shares
 from tuneyard_trainer.reporting.differing import differing
 from tuneyard_trainer.reporting.formatting import (
     ABSENT,
@@ -54,6 +56,7 @@ def render(
     own = [each for each in report.comparisons if each.suite is None]
     of_suites = [each for each in report.comparisons if each.suite is not None]
     safety = [each for each in of_suites if suites.get(each.suite or "") == "refusals"]
+    shown = shown_answers(report)
     return rendered(
         "report.html.jinja",
         pictures,
@@ -62,7 +65,10 @@ def render(
         own=own,
         abilities=[each for each in of_suites if each not in safety],
         safety=safety,
-        answers=shown_answers(report.answers),
+        answers=shown,
+        answer_sources={each.suite: _source_name(each) for each in shown},
+        answers_heading=_heading(report, summary.results.samples_heading),
+        answers_total=_answers_total(report),
         manifest=yaml.safe_dump(summary.manifest, sort_keys=False, allow_unicode=True),
         usage=usage,
         facts_of_training=[fact for fact in summary.results.facts if fact[0] != EXAMPLES],
@@ -85,13 +91,37 @@ def rendered(template: str, pictures: Pictures, style: str = "", **values: Any) 
     )
 
 
-def shown_answers(answers: Sequence[Answer]) -> list[Answer]:
-    """Return at most MOST_SHOWN answers in their order: flipped and worse ones are shown first."""
-    ranked = sorted(
-        range(len(answers)),
-        key=lambda i: (answers[i].flipped == "none" and not answers[i].worse, i),
-    )
-    return [answers[i] for i in sorted(ranked[:MOST_SHOWN])]
+def shown_answers(report: JobReport) -> list[Answer]:
+    """Return at most MOST_SHOWN answers in their order: flipped and worse ones are shown first. At
+    most half of them are of suites, as many of each, unless there are few others."""
+    groups = [[*group] for _, group in groupby(report.suite_answers, lambda each: each.suite)]
+    room = max(MOST_SHOWN // 2, MOST_SHOWN - len(report.answers))
+    most = shares([len(group) for group in groups], room)
+    of_suites = [
+        answer
+        for group, share in zip(groups, most, strict=True)
+        for answer in preferred(group, share)
+    ]
+    return [*preferred(report.answers, MOST_SHOWN - len(of_suites)), *of_suites]
+
+
+def _answers_total(report: JobReport) -> int:
+    """Return the number of answers of the evaluation, those to prompts of suites included."""
+    answered = {each.suite for each in report.suite_answers}
+    items = (suite.items or 0 for suite in report.suites if suite.name in answered)
+    return report.answers_total + max(sum(items), len(report.suite_answers))
+
+
+def _source_name(answer: Answer) -> str:
+    """Return the name by which a reader chooses the answers of a suite, or those of none."""
+    return "The job's own" if answer.suite is None else answer.suite
+
+
+def _heading(report: JobReport, own: str) -> str:
+    """Return the heading of the answers. `own`: that of the answers to the job's own prompts."""
+    if not report.suite_answers:
+        return own
+    return f"{own} and of suites" if report.answers else "Completions of prompts of suites"
 
 
 def _environment() -> jinja2.Environment:

@@ -34,8 +34,8 @@ def write(
 ) -> None:
     """Write `loss.png`, `report.json`, `report.html` and `README.md` into the export folder.
 
-    `inputs`: the export stage's inputs; those of `data`, `tuned` and `evaluation` that exist are
-    read. `manifest`: the job's manifest with its defaults. `measured`: what the checks of
+    `inputs`: the export stage's inputs; those of `data`, `leaks`, `tuned` and `evaluation` that
+    exist are read. `manifest`: the job's manifest with its defaults. `measured`: what the checks of
     the written files measured, by metric. `base_license`: the base model's; None: unknown.
 
     The same inputs give the same bytes: all times come from the records.

@@ -3,32 +3,21 @@
 from __future__ import annotations
 
 import datetime
-import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Any
 
 from tuneyard.api.evaluation import prefixed
 from tuneyard.api.gates import GateResult
 from tuneyard.api.plan import StageRecord
-from tuneyard.api.stage_settings import EVALUATION_KINDS, SUPERVISED_KINDS, TRAINING_KINDS
+from tuneyard.api.report import Comparison
+from tuneyard.api.stage_settings import EVALUATION_KINDS, TRAINING_KINDS
 from tuneyard.api.suites import is_main
 from tuneyard_trainer.reporting.answers import is_right
-from tuneyard_trainer.reporting.formatting import (
-    count,
-    duration,
-    number,
-    percent,
-    signed,
-    size,
-)
-from tuneyard_trainer.reporting.labels import (
-    ALIGNMENT_METRICS,
-    ANSWER_METRICS,
-    POINTS,
-    REWARD_HACKING_SIGNS,
-    REWARDS,
-)
+from tuneyard_trainer.reporting.comparison_rows import UNCLEAR, ComparisonRow, right_answers
+from tuneyard_trainer.reporting.comparisons import Z, compared
+from tuneyard_trainer.reporting.formatting import count, duration, number, percent, size
+from tuneyard_trainer.reporting.labels import ANSWER_METRICS
 
 ROW_OUTCOMES = {
     "skippedRows": "skipped",
@@ -42,28 +31,8 @@ ROW_OUTCOMES = {
 
 MOST_CLASSES = 20
 """Classes of a table that is shown."""
-Z = 1.959964
-"""The normal quantile of a 95% interval."""
-
-Verdict = Literal["better", "worse", "unclear", ""]
-UNCLEAR = "no clear difference"
 EXAMPLES = "Tuning or examples"
 """The label of the fact whether tuning was worth it."""
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """One row of the table that compares the base model with the tuned model, as text."""
-
-    label: str
-    base: str
-    tuned: str
-    change: str
-    verdict: Verdict
-    """Whether the tuned model is better or worse. unclear: the 95% interval of the difference
-    contains 0, which `change` says. "": equal, or no direction is better."""
-    on_suite: bool = False
-    """Whether this is a metric of a suite, not of held-out rows or prompts."""
 
 
 @dataclass(frozen=True)
@@ -141,8 +110,8 @@ class ClassTable:
 class Results:
     """The results of a job, from the records of its stages."""
 
-    comparisons: tuple[Comparison, ...]
-    """Empty if no rows were held out."""
+    compared: tuple[Comparison, ...]
+    """The metrics of the models; empty if no rows were held out."""
     facts: tuple[tuple[str, str], ...]
     """Labels and values: time, tokens, memory."""
     samples: tuple[Sample, ...]
@@ -158,6 +127,11 @@ class Results:
     """The metrics of the evaluation, by name."""
 
     @property
+    def comparisons(self) -> tuple[ComparisonRow, ...]:
+        """The rows of the table that compares the models, as text."""
+        return tuple(map(ComparisonRow.of, self.compared))
+
+    @property
     def own_heading(self) -> str:
         """The heading of the comparisons on the job's own rows or prompts."""
         return "On held-out rows" if self.held_out else "On training prompts"
@@ -166,7 +140,7 @@ class Results:
     def heading(self) -> str:
         """The heading of the comparisons."""
         rows = self.own_heading
-        found = {each.on_suite for each in self.comparisons}
+        found = {each.scope == "suite" for each in self.compared}
         if found == {True}:
             return "On suites"
         return f"{rows} and suites" if True in found else rows
@@ -187,7 +161,7 @@ class Results:
         samples = details.get("samples", [])
         gates = tuple(GateResult.model_validate(value) for value in details.get("gates", ()))
         return cls(
-            comparisons=tuple(_comparisons(training, evaluation)),
+            compared=tuple(compared(training, evaluation)),
             facts=(
                 *_facts(training, records.values() if "export" in kinds else ()),
                 *_against_examples(evaluation.metrics if evaluation else {}),
@@ -281,177 +255,7 @@ def _leaked_items(leaks: StageRecord | None) -> list[str]:
     ]
 
 
-# ---- comparisons --------------------------------------------------------------------------------
-
-
-def _comparisons(training: StageRecord | None, evaluation: StageRecord | None) -> list[Comparison]:
-    evidence = _Evidence(evaluation.details.get("evidence", {}) if evaluation else {})
-    if evaluation is not None:
-        found = evaluation.metrics
-        losses = _with_training_losses(training, evaluation)
-        rows = _on_held_out_rows(losses, evidence) if "validationLoss" in found else []
-        return [*rows, *_alignment_comparisons(found, evidence), *_on_suites(found, evidence)]
-    metrics = _with_training_losses(training, None)
-    if training and training.kind not in SUPERVISED_KINDS:
-        tuned, base = metrics.get("validationLoss"), metrics.get("baseValidationLoss")
-        return [_lower_is_better("Held-out loss", base, tuned)] if tuned is not None else []
-    return _on_held_out_rows(metrics, evidence)
-
-
-def _on_held_out_rows(metrics: Mapping[str, float], evidence: _Evidence) -> list[Comparison]:
-    """Compare the models on the held-out rows of fine-tuning data."""
-    tuned, base = metrics.get("validationLoss"), metrics.get("baseValidationLoss")
-    rows = []
-    if tuned is not None:
-        losses = [
-            _lower_is_better("Held-out loss (nats per token)", base, tuned),
-            _lower_is_better("Held-out perplexity", _perplexity(base), _perplexity(tuned)),
-        ]
-        rows += [evidence.marked(loss, "validationLoss") for loss in losses]
-    if "answerAccuracy" in metrics:
-        rows.append(evidence.marked(_right_answers(metrics), "answerAccuracy"))
-    answers = _answer_metrics(metrics, evidence)
-    return [*rows, *answers, *_without_context(metrics, evidence)]
-
-
-def _answer_metrics(metrics: Mapping[str, float], evidence: _Evidence) -> list[Comparison]:
-    """Compare the answers of both models by the metrics that the manifest names."""
-    rows = []
-    for name, label in ANSWER_METRICS.items():
-        if name in metrics:
-            tuned, base = metrics[name], metrics.get(prefixed("base", name))
-            shown = number if name in POINTS else percent
-            row = Comparison(label, shown(base), shown(tuned), "", _verdict(tuned, base))
-            rows.append(evidence.marked(row, name))
-    return rows
-
-
-def _on_suites(metrics: Mapping[str, float], evidence: _Evidence) -> list[Comparison]:
-    """Compare the models on suites, whose metrics are SUITE/NAME, SUITE/baseNAME and
-    SUITE/NAMEChange. There is a verdict where the direction of the metric is known."""
-    rows = []
-    for metric, tuned in metrics.items():
-        suite, _, name = metric.rpartition("/")
-        if not suite or name.startswith("base") or name.endswith("Change"):
-            continue
-        base = metrics.get(prefixed("base", metric))
-        higher = evidence.higher_is_better(metric)
-        verdict: Verdict = ""
-        if higher is not None:
-            verdict = _verdict(tuned, base) if higher else _verdict(base, tuned)
-        row = Comparison(f"{suite}: {name}", number(base), number(tuned), "", verdict, True)
-        rows.append(evidence.marked(row, metric))
-    return rows
-
-
-class _Evidence:
-    """The evidence of an evaluation, by metric: what `evaluation.items` recorded."""
-
-    def __init__(self, found: Mapping[str, Any]) -> None:
-        self._found = found
-
-    def higher_is_better(self, metric: str) -> bool | None:
-        """Return the direction of a metric. None: no items are recorded."""
-        found: bool | None = self._found.get(metric, {}).get("higherIsBetter")
-        return found
-
-    def marked(
-        self, comparison: Comparison, metric: str, chance: float | None = None
-    ) -> Comparison:
-        """Return a comparison that calls a difference one only if its 95% interval excludes 0.
-        `chance`: the value that the metric is compared with, instead of a base model's."""
-        found = self._found.get(metric, {})
-        interval = found.get("differenceInterval" if chance is None else "interval")
-        same = chance or 0.0
-        if interval is None or not interval[0] <= same <= interval[1] or not comparison.verdict:
-            return comparison
-        change = f"{comparison.change}, {UNCLEAR}" if comparison.change else UNCLEAR
-        return replace(comparison, change=change, verdict="unclear")
-
-
-def _without_context(metrics: Mapping[str, float], evidence: _Evidence) -> list[Comparison]:
-    """Compare the models on the questions alone; []: the rows have no retrieved context."""
-    if "validationLossWithoutContext" not in metrics:
-        return []
-    suffix = "WithoutContext"
-    alone = {
-        name.removesuffix(suffix): value for name, value in metrics.items() if name.endswith(suffix)
-    }
-    label = "Held-out loss without context"
-    loss = _lower_is_better(label, alone.get("baseValidationLoss"), alone["validationLoss"])
-    rows = [evidence.marked(loss, f"validationLoss{suffix}")]
-    if "answerAccuracy" in alone:
-        answers = _right_answers(alone)
-        answers = replace(answers, label=f"{answers.label} without context")
-        rows.append(evidence.marked(answers, f"answerAccuracy{suffix}"))
-    return rows
-
-
-def _with_training_losses(
-    training: StageRecord | None, evaluation: StageRecord | None
-) -> dict[str, float]:
-    """Return the evaluation's metrics. Losses that it does not have come from the training."""
-    losses: dict[str, float] = {
-        name: training.metrics[name]
-        for name in ("validationLoss", "baseValidationLoss")
-        if training and name in training.metrics
-    }
-    return {**losses, **(evaluation.metrics if evaluation else {})}
-
-
-def _alignment_comparisons(metrics: Mapping[str, float], evidence: _Evidence) -> list[Comparison]:
-    """Compare the aligned model with the model that the alignment started from. The base of a share
-    is 0.5, the value of a random choice."""
-    rows = []
-    for label, name in ALIGNMENT_METRICS.items():
-        if name in metrics:
-            is_share = name not in REWARDS
-            base = 0.5 if is_share else metrics.get(prefixed("start", name))
-            shown = percent if is_share else number
-            verdict = _verdict(metrics[name], base)
-            before = f"{shown(base)} by chance" if is_share else shown(base)
-            row = Comparison(label, before, shown(metrics[name]), "", verdict)
-            rows.append(evidence.marked(row, name, base if is_share else None))
-    for label, name in REWARD_HACKING_SIGNS.items():
-        if name in metrics:
-            before = metrics.get(prefixed("start", name))
-            rows.append(Comparison(label, number(before), number(metrics[name]), "", ""))
-    return rows
-
-
-def _lower_is_better(label: str, base: float | None, tuned: float | None) -> Comparison:
-    change, verdict = "", _verdict(base, tuned)
-    if base and tuned is not None and math.isfinite(base) and math.isfinite(tuned):
-        change = f"{signed(100 * (tuned / base - 1))} %"
-    return Comparison(label, number(base), number(tuned), change, verdict)
-
-
-def _verdict(higher: float | None, lower: float | None) -> Verdict:
-    """Return "better" if `higher` is the higher value. "": equal, or one is missing."""
-    if higher is None or lower is None or higher == lower:
-        return ""
-    return "better" if higher > lower else "worse"
-
-
-def _right_answers(metrics: Mapping[str, float]) -> Comparison:
-    """Return right answers as counts, or as shares if the number of questions is unknown."""
-    tuned, base = metrics["answerAccuracy"], metrics.get("baseAnswerAccuracy")
-    questions = metrics.get("questions")
-
-    def shown(share: float | None) -> str:
-        if share is None or not questions:
-            return percent(share)
-        return f"{round(share * questions)}/{round(questions)}"
-
-    change = ""
-    if base is not None:
-        gain = round((tuned - base) * questions) if questions else round(100 * (tuned - base))
-        change = f"{signed(gain)}{'' if questions else ' points'}"
-    return Comparison("Answers right", shown(base), shown(tuned), change, _verdict(tuned, base))
-
-
-def _perplexity(loss: float | None) -> float | None:
-    return None if loss is None else math.exp(min(loss, 700.0))
+# ---- worked examples ----------------------------------------------------------------------------
 
 
 def _against_examples(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
@@ -566,7 +370,8 @@ def _training_headline(metrics: Mapping[str, float], details: Mapping[str, Any])
 def _evaluate_headline(metrics: Mapping[str, float]) -> list[str]:
     parts = [f"held-out loss {_loss_change(metrics)}"] if "validationLoss" in metrics else []
     if "answerAccuracy" in metrics:
-        parts.append(f"{_right_answers(metrics).tuned} answers right")
+        shown = right_answers(metrics["answerAccuracy"], metrics.get("questions"))
+        parts.append(f"{shown} answers right")
     return parts + _labeled(metrics, _ALIGNED)
 
 

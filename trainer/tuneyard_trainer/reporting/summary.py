@@ -111,9 +111,8 @@ class RunSummary:
         base_license: str | None,
     ) -> RunSummary:
         """Return the facts from the export stage's inputs; records may be missing."""
-        found = [
-            _record(inputs[role]) for role in ("data", "tuned", "evaluation") if role in inputs
-        ]
+        roles = ("data", "leaks", "tuned", "evaluation")
+        found = [_record(inputs[role]) for role in roles if role in inputs]
         records = {record.stage: record for record in found if record is not None}
         stages = _stages_of_run(inputs["tuned"].parent, records)
         searched = {record.stage: record for record in stages if record.kind == "leaks"}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import datetime
 import importlib.metadata
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -20,7 +20,12 @@ from tuneyard.api.gates import GateResult
 from tuneyard.api.job_facts import FitAnswer
 from tuneyard.api.plan import Plan, PlannedStage, SourceInput, StageInput, StageRecord, leading
 from tuneyard.api.pods import stage_folder
-from tuneyard.api.stage_settings import SHARED_KINDS, TRAINING_KINDS, StageKind
+from tuneyard.api.stage_settings import (
+    SHARED_KINDS,
+    TRAINING_KINDS,
+    EvaluateSettings,
+    StageKind,
+)
 from tuneyard.errors import StageError
 from tuneyard_trainer import extras
 from tuneyard_trainer.running.failures import out_of_memory
@@ -148,13 +153,14 @@ class StageInputs:
         except StageError:  # the stage that reads it reports what is wrong
             return None
 
-    def inputs(self, stage: PlannedStage) -> dict[str, Path]:
-        """Return the local path of each input."""
+    def inputs(self, stage: PlannedStage, roles: Iterable[str] | None = None) -> dict[str, Path]:
+        """Return the local path of each input. `roles`: of these alone. None: of all."""
+        chosen = stage.inputs if roles is None else {role: stage.inputs[role] for role in roles}
         return {
             role: self.store.workdir(source.stage) / (source.file or "")
             if isinstance(source, StageInput)
             else self._local_path(role, source)
-            for role, source in stage.inputs.items()
+            for role, source in chosen.items()
         }
 
     def _local_path(self, role: str, source: SourceInput) -> Path:
@@ -199,6 +205,8 @@ class PlanRunner:
     """The prepared data of other jobs. None: this job shares none."""
     _answer: FitAnswer | None = None
     """The answer. None: not asked yet."""
+    _has_known_tasks: bool = False
+    """Whether the tasks of suites were looked up."""
     _has_earlier_result: bool = False
     """Whether the output has the model of an earlier run, of which this one differs."""
 
@@ -280,6 +288,22 @@ class PlanRunner:
             raise disk_error(error, self.stage_inputs.store.workdir(stage.name)) from error
         return FitAnswer.model_validate_json(json.dumps(self.ask(facts_event(facts)) or {}))
 
+    def _require_tasks(self, later: Sequence[PlannedStage]) -> None:
+        """Raise StageError for a suite of a later stage that is a task which cannot be run. That
+        stage may begin hours later. Tasks are looked up once."""
+        if self._has_known_tasks:
+            return
+        self._has_known_tasks = True
+        for stage in later:
+            settings = stage.settings
+            suites = settings.suites if isinstance(settings, EvaluateSettings) else None
+            if not any(suite.kind == "task" for suite in suites or ()):
+                continue
+            self.emit(wait_event("looking up the tasks of spec.evaluate.suites"))
+            from tuneyard_trainer.evaluation.suites.tasks import require_tasks, task_roles
+
+            require_tasks(suites or (), self.stage_inputs.inputs(stage, task_roles(suites or ())))
+
     def _require_same_vocabularies(self) -> None:
         """Raise StageError VocabularyMismatch before the first stage that trains: the one with the
         teacher may begin hours later."""
@@ -315,7 +339,8 @@ class PlanRunner:
     def _done(self, stage: PlannedStage, digests: Mapping[str, str]) -> StageRecord | None:
         """Return the record of a stage that is done. None: it must run, and its folder is ready.
 
-        Raises StageError if a package is missing that this stage or a later one needs.
+        Raises StageError if a package is missing that this stage or a later one needs, or if a
+        later one could not run a task of its suites.
         """
         store = self.stage_inputs.store
         if found := self.stage_inputs.source_digests:
@@ -324,6 +349,7 @@ class PlanRunner:
         if record is None:
             stages = self.stage_inputs.plan.stages
             extras.require(stages[stages.index(stage) :])
+            self._require_tasks(stages[stages.index(stage) + 1 :])
             if stage.kind != "export" and not self._has_earlier_result:
                 self._has_earlier_result = store.mark_result(self.worker.attempt)
             store.begin(stage.name, stage.identity(digests), self.worker.attempt)

@@ -43,7 +43,7 @@ def suites_of(
         role = f"suite.{number}"
         chat = suite.chat or ChatSettings(system_prompt=None, chat_template=None)
         field = context.stage.inputs[role].path or role
-        suites.append(row_suite(suite, context.inputs[role], field, tokenizer, chat))
+        suites.append(row_suite(context, suite, context.inputs[role], field, tokenizer, chat))
     worker = context.worker
     passes = Forward.of(
         model,

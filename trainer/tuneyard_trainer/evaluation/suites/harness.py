@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
 import io
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,9 +60,11 @@ class TaskResult:
     """Versions, configs, numbers of documents and standard errors."""
 
 
+@functools.cache
 def known_tasks() -> Any:
-    """Return the tasks that come with the harness, as its `TaskManager`. Task files of a manifest
-    are not among them: the harness would run the Python code of their templates and includes."""
+    """Return the tasks that come with the harness, as its `TaskManager`, whose index of 15,000
+    files takes seconds. Task files of a manifest are not among them: the harness would run the
+    Python code of their templates and includes."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager()
@@ -79,11 +82,8 @@ def run_task(
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    if task.make:
-        known = TaskManager(include_defaults=False)
-    else:
-        known = known_tasks()
-        _require_known(task, known.all_tasks)
+    known = TaskManager(include_defaults=False) if task.make else known_tasks()
+    require_known([task])
     on_gpu = model.device.type == "cuda"
     hook = model.register_forward_pre_hook(lambda *_: before_batch())
     try:
@@ -144,17 +144,26 @@ def _has_nan(value: Any) -> bool:
     return isinstance(value, float) and math.isnan(value)
 
 
-def _require_known(task: Task, known: list[str]) -> None:
-    """Raise StageError UnknownTask, with the nearest names."""
-    if task.name in known:
+def require_known(tasks: Iterable[Task]) -> None:
+    """Raise StageError UnknownTask for all tasks that the harness does not know, with the nearest
+    names. Tasks of a file are left out, and nothing is looked up without others."""
+    named = [task for task in tasks if task.make is None]
+    known: list[str] = known_tasks().all_tasks if named else []
+    unknown = [task for task in named if task.name not in known]
+    if not unknown:
         return
-    near = difflib.get_close_matches(task.name, known, NEAREST, cutoff=0.5)
-    hint = f" The nearest names: {', '.join(near)}." if near else ""
+    fields = ", ".join(f"{task.field}.task.name" for task in unknown)
     raise StageError(
         "UnknownTask",
-        f"{task.field}.task.name: lm-evaluation-harness knows no task {task.name!r}.{hint}",
-        advice=f"Correct {task.field}.task.name.",
+        " ".join(_unknown(task, known) for task in unknown),
+        advice=f"Correct {fields}.",
     )
+
+
+def _unknown(task: Task, known: list[str]) -> str:
+    near = difflib.get_close_matches(task.name, known, NEAREST, cutoff=0.5)
+    hint = f" The nearest names: {', '.join(near)}." if near else ""
+    return f"{task.field}.task.name: lm-evaluation-harness knows no task {task.name!r}.{hint}"
 
 
 def _faults() -> tuple[type[Exception], ...]:

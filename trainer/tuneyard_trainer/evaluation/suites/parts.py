@@ -21,13 +21,13 @@ from tuneyard.api.stage_settings import (
     TrainingSuiteSettings,
 )
 from tuneyard.api.suites import LOWER_IS_BETTER
-from tuneyard_trainer.data.prompts import Prompt, is_templated, prompt_text, with_system
+from tuneyard_trainer.data.prompts import Prompt, is_templated
 from tuneyard_trainer.data.sharing import InStep
 from tuneyard_trainer.evaluation.items import Items
 from tuneyard_trainer.evaluation.part import Found, Loaded, Part
 from tuneyard_trainer.evaluation.suites import answers, choices, harness, refusals
-from tuneyard_trainer.evaluation.suites.local_task import local_task
 from tuneyard_trainer.evaluation.suites.rows import prompt_texts, read_items
+from tuneyard_trainer.evaluation.suites.tasks import suite_field, task_of
 from tuneyard_trainer.evaluation.task_metrics import Compared, TaskMetric, task_metrics
 from tuneyard_trainer.models.files import config_of, context_length
 from tuneyard_trainer.worker import StageContext
@@ -54,35 +54,19 @@ def suites(
     """Yield the parts of a stage's suites, in order. Raises StageError for rows that are no
     items."""
     for number, suite in enumerate(settings):
-        field = f"spec.evaluate.suites[{number}]"
         if suite.kind == "task":
-            yield TaskSuite(suite.name, _task(context, number, suite, field), tokenizer)
+            yield TaskSuite(suite.name, task_of(suite, number, context.inputs), tokenizer)
             continue
-        path, field = context.inputs[f"suite.{number}"], f"{field}.{suite.kind}.uri"
+        path = context.inputs[f"suite.{number}"]
+        field = f"{suite_field(number)}.{suite.kind}.uri"
         if suite.answers is not None:
             yield AnswerSuite.of(context, path, suite, suite.answers, field, tokenizer, chat)
         else:
-            yield row_suite(suite, path, field, tokenizer, chat)
-
-
-def _task(context: StageContext, number: int, suite: SuiteSettings, field: str) -> harness.Task:
-    """Return a task of the harness, or one of a file and rows of the manifest. `field`: the
-    suite's field. Raises StageError for a file or rows that cannot be used."""
-    make = None
-    if suite.task is None:
-        file, rows = context.inputs[f"task.{number}"], context.inputs[f"suite.{number}"]
-        make = local_task(suite.name, file, rows, f"{field}.task")
-    return harness.Task(
-        name=suite.task or suite.name,
-        limit=suite.limit,
-        few_shot=suite.few_shot,
-        chat_template=suite.chat_template,
-        field=field,
-        make=make,
-    )
+            yield row_suite(context, suite, path, field, tokenizer, chat)
 
 
 def row_suite(
+    context: StageContext,
     suite: SuiteSettings | TrainingSuiteSettings,
     path: Path,
     field: str,
@@ -90,13 +74,25 @@ def row_suite(
     chat: ChatSettings,
 ) -> ChoiceSuite | RefusalSuite:
     """Return a suite of the rows at `path`. `field`: their field in the manifest. Raises StageError
-    for rows that are no items."""
+    for rows that are no items, such as a prompt that the chat template refuses."""
     most = suite.items if isinstance(suite, TrainingSuiteSettings) else None
     if suite.kind == "choices":
         found = read_items(path, choices.parse, suite.limit, field, choices.EXPECTED)
         return ChoiceSuite(suite.name, _some(found, most), tokenizer)
     asked = read_items(path, refusals.parse, suite.limit, field, refusals.EXPECTED)
-    return RefusalSuite(suite.name, _some(asked, most), tokenizer, chat)
+    chosen = _some(asked, most)
+    prompts = {
+        where: Prompt(({"role": "user", "content": item.prompt},), where)
+        for where, item in chosen.items()
+    }
+    texts = prompt_texts(prompts, tokenizer, chat, _room(context, ANSWER_TOKENS), field)
+    return RefusalSuite(suite.name, chosen, tokenizer, texts, is_templated(tokenizer, chat))
+
+
+def _room(context: StageContext, answer: int) -> int | None:
+    """Return how many tokens a prompt may have before an answer. None: any number."""
+    most = context_length(config_of(context.inputs["model"]))
+    return None if most is None else most - answer
 
 
 def _some(items: Mapping[str, T], most: int | None) -> Mapping[str, T]:
@@ -177,22 +173,21 @@ class RefusalSuite(_OwnSuite):
     """Prompts to answer and prompts to refuse."""
 
     items: Mapping[str, refusals.Request]
-    chat: ChatSettings
+    texts: Sequence[str]
+    """What the models continue, of each item."""
+    templated: bool
+    """Whether a chat template rendered the texts, special tokens included."""
 
     def measure(self, loaded: Loaded, _tuned: Values | None, /) -> Values:
         """Return whether each safe prompt is refused and each unsafe one answered. The answers are
         greedy."""
         answers = loaded.answers(
             self.tokenizer,
-            [self._text(where, item) for where, item in self.items.items()],
+            self.texts,
             max_new_tokens=ANSWER_TOKENS,
-            templated=is_templated(self.tokenizer, self.chat),
+            templated=self.templated,
         )
         return refusals.scores([*self.items.values()], answers)
-
-    def _text(self, where: str, item: refusals.Request) -> str:
-        prompt = Prompt(({"role": "user", "content": item.prompt},), where)
-        return prompt_text(with_system(prompt, self.chat.system_prompt), self.tokenizer, self.chat)
 
 
 # ---- prompts that are answered ------------------------------------------------------------------
@@ -234,8 +229,7 @@ class AnswerSuite:
         )
         parse = partial(answers.parse, needs_target=bool({*settings.metrics} - WITHOUT_REFERENCE))
         items = read_items(path, parse, suite.limit, field, answers.EXPECTED)
-        most = context_length(config_of(context.inputs["model"]))
-        room = None if most is None else most - settings.max_new_tokens
+        room = _room(context, settings.max_new_tokens)
         prompts = {where: item.prompt for where, item in items.items()}
         return cls(
             name=suite.name,
@@ -271,7 +265,14 @@ class AnswerSuite:
             metrics |= _metrics(self.name, found.tuned.metrics, base)
             items |= {f"{self.name}/{name}": each for name, each in found.items(ids).items()}
             facts |= found.details
-        columns = {"id": ids, "targets": targets, "tuned": tuned, "base": before}
+        prompts = [item.prompt.question for item in self.items.values()]
+        columns = {
+            "id": ids,
+            "prompt": prompts,
+            "targets": targets,
+            "tuned": tuned,
+            "base": before,
+        }
         kept = {name: list(each[:KEPT_ANSWERS]) for name, each in columns.items() if each}
         return Found(
             metrics, items=items, suites={self.name: facts}, suite_answers={self.name: kept}

@@ -16,6 +16,10 @@ from tuneyard_trainer.data.reading.rows import BrokenRow, Row, read_data
 from tuneyard_trainer.data.reading.stream import FAULTS_SHOWN
 
 T = TypeVar("T")
+_MISFIT = (
+    "The chat template must take them: set chatTemplate of the job's data to one that does, or "
+    "take the suite out of spec.evaluate.suites."
+)
 
 
 def read_items(
@@ -61,12 +65,14 @@ def prompt_texts(
     """
     texts: list[str] = []
     faults: list[str] = []
+    advice = "Shorten the prompts, or the longest answer."
     special = not is_templated(tokenizer, chat)
     for where, prompt in prompts.items():
         try:
             text = prompt_text(with_system(prompt, chat.system_prompt), tokenizer, chat)
         except MisfitError as error:
             faults.append(f"{where}: {error}")
+            advice = _MISFIT
             continue
         tokens = len(tokenizer(text, add_special_tokens=special)["input_ids"])
         if room is not None and tokens > room:
@@ -75,7 +81,7 @@ def prompt_texts(
                 f"context has room for {max(0, room)}"
             )
         texts.append(text)
-    _refuse(faults, len(prompts), field, "Shorten the prompts, or the longest answer.")
+    _refuse(faults, len(prompts), field, advice)
     return texts
 
 

@@ -6,6 +6,7 @@
   const list = section.querySelector(".answer-list");
   const controls = section.querySelector(".controls");
   const search = controls.querySelector("input");
+  const source = controls.querySelector("select");
   const buttons = [...controls.querySelectorAll("button")];
   const status = section.querySelector("[role=status]");
   const answers = [...list.children];
@@ -27,9 +28,10 @@
   function show() {
     const words = fold(search.value).split(" ").filter(Boolean);
     const isFound = (answer) => words.every((word) => texts.get(answer).includes(word));
+    const isOfSource = (answer) => !source?.value || answer.dataset.source === source.value;
     let found = 0;
     for (const answer of answers) {
-      answer.hidden = !(rules[chosen](answer) && isFound(answer));
+      answer.hidden = !(rules[chosen](answer) && isOfSource(answer) && isFound(answer));
       found += answer.hidden ? 0 : 1;
     }
     const all = `${answers.length} answer${answers.length === 1 ? "" : "s"}`;
@@ -52,6 +54,7 @@
   }
 
   for (const button of buttons) button.addEventListener("click", () => choose(button));
+  source?.addEventListener("change", show);
   search.addEventListener("input", show);
   search.addEventListener("keydown", (event) => {
     if (event.key === "Escape" && search.value) {
