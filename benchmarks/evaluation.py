@@ -28,8 +28,9 @@ from typing import Any
 import torch
 
 from tuneyard.api.adapters import Adapter
-from tuneyard_trainer.generation import greedy
 from tuneyard_trainer.generation.batches import own_stop_tokens
+from tuneyard_trainer.generation.engines import TransformersEngine
+from tuneyard_trainer.generation.greedy import continuations
 from tuneyard_trainer.models import adapters, layers
 from tuneyard_trainer.models.base import load_base, load_tokenizer
 
@@ -128,8 +129,12 @@ def one_by_one(model: Any, tokenizer: Any, prompts: Sequence[str], tokens: int) 
 
 def together(model: Any, tokenizer: Any, prompts: Sequence[str], tokens: int) -> Sequence[str]:
     """Return the answers as an evaluation gets them."""
-    return greedy.continuations(
-        model, tokenizer, prompts, max_new_tokens=tokens, add_special_tokens=False
+    return continuations(
+        TransformersEngine(model, tokenizer.pad_token_id),
+        tokenizer,
+        prompts,
+        max_new_tokens=tokens,
+        add_special_tokens=False,
     )
 
 

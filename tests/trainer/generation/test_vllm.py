@@ -62,7 +62,7 @@ def samplers() -> Iterator[Any]:
 
     yield make
     for sampler in made:
-        if sampler.engine:
+        if sampler.copy.llm:
             sampler.close()
 
 
@@ -175,7 +175,7 @@ def test_a_model_that_vllm_cannot_run_is_refused_by_name(samplers: Any) -> None:
 
 def test_closing_a_sampler_frees_its_model(samplers: Any) -> None:
     sampler = samplers()
-    (model,) = sampler.engine.apply_model(weakref.ref)
+    (model,) = sampler.copy.llm.apply_model(weakref.ref)
     assert model() is not None
     sampler.close()
     assert model() is None

@@ -36,7 +36,8 @@ result."""
 MODELS = (("model", "start", "tuned"), ("model", "start"))
 """The inputs that decide the tuned model, and the model before."""
 VERSIONED = ("tuneyard", "torch", "transformers", "peft")
-"""The packages whose versions decide a measurement; of a task, lm_eval too."""
+"""The packages whose versions decide a measurement; of a task lm_eval too, and vllm if it
+answers."""
 
 
 def kept(
@@ -126,8 +127,13 @@ def _key(
     chat_template: Any,
 ) -> str:
     """Return the name of the file of a suite and a model."""
-    chat = context.settings(EvaluateSettings).chat
-    packages = (*VERSIONED, *(["lm_eval"] if suite.kind == "task" else []))
+    settings = context.settings(EvaluateSettings)
+    chat = settings.chat
+    packages = [
+        *VERSIONED,
+        *(["lm_eval"] if suite.kind == "task" else []),
+        *(["vllm"] if settings.engine == "vllm" else []),
+    ]
     decides = {
         "model": {role: context.digests.get(role) for role in roles},
         "suite": suite.model_dump(mode="json", exclude={"name"}),
