@@ -250,7 +250,8 @@ def run(
         inputs["reward.independent"] = given["reward"]
     else:
         inputs |= {"data": given["data"], "suite.0": given["suite.0"]}
-    return evaluate.run(StageContext(stage, inputs, folder, worker))
+    digests = {role: role for role in inputs} if worker.is_main else {}
+    return evaluate.run(StageContext(stage, inputs, folder, worker, digests))
 
 
 @pytest.fixture
