@@ -103,7 +103,7 @@ class ModelCopy:
             config.save_pretrained(folder)
             from vllm import LLM
 
-            llm = LLM(
+            engine = LLM(
                 model=folder,
                 load_format="dummy",  # the weights come with the first call
                 skip_tokenizer_init=True,
@@ -120,8 +120,8 @@ class ModelCopy:
                 distributed_executor_backend="external_launcher" if workers > 1 else "uni",
             )
         # The finalizer would destroy the workers' process group when the engine is deleted.
-        llm.llm_engine.engine_core._finalizer.detach()
-        return cls(model, llm, longest, untied)
+        engine.llm_engine.engine_core._finalizer.detach()
+        return cls(model, engine, longest, untied)
 
     def copy_weights(self) -> None:
         """Give the engine the model's present weights."""
