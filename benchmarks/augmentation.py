@@ -39,6 +39,7 @@ from tuneyard_trainer.data.encoding.chat import rendered
 from tuneyard_trainer.data.encoding.tokenization import Encoded, Encoder
 from tuneyard_trainer.data.prepared import Rows
 from tuneyard_trainer.data.reading.example import Example, Message
+from tuneyard_trainer.generation.engines import TransformersEngine
 from tuneyard_trainer.generation.greedy import continuations
 from tuneyard_trainer.models import adapters
 from tuneyard_trainer.models.base import load_base, load_tokenizer
@@ -202,8 +203,9 @@ def measured(model: Any, tokenizer: Any, given: Asked, known: Sequence[Fact]) ->
         max_tokens="auto",
     )
     loss = forward.mean_loss(model, given.rows, Worker(0, 1, CPU))
+    engine = TransformersEngine(model, tokenizer.pad_token_id)
     answers = continuations(
-        model, tokenizer, given.prompts, max_new_tokens=20, add_special_tokens=False
+        engine, tokenizer, given.prompts, max_new_tokens=20, add_special_tokens=False
     )
     right = sum(is_right(text, fact.expected) for text, fact in zip(answers, known, strict=True))
     return loss, right

@@ -43,6 +43,7 @@ from tuneyard_trainer.data.encoding.chat import rendered
 from tuneyard_trainer.data.encoding.tokenization import Encoded, Encoder
 from tuneyard_trainer.data.reading.example import Example, Message
 from tuneyard_trainer.generation.completions import decode
+from tuneyard_trainer.generation.engines import TransformersEngine
 from tuneyard_trainer.generation.greedy import continuations
 from tuneyard_trainer.generation.sampling import TransformersSampler, stop_tokens
 from tuneyard_trainer.local.run import cache_folder, localized
@@ -112,7 +113,7 @@ class Model:
     def measured(self, questions: Sequence[Question], wrong: Sequence[tuple[int, str]]) -> Measured:
         """Measure the questions. `wrong`: wrong answers, with the indices of their questions."""
         answers = continuations(
-            self.model,
+            TransformersEngine(self.model, self.tokenizer.pad_token_id),
             self.tokenizer,
             self.prompts(questions),
             max_new_tokens=24,

@@ -40,6 +40,7 @@ from tuneyard_trainer.data.encoding.tokenization import Encoded, Encoder
 from tuneyard_trainer.data.prepared import Rows
 from tuneyard_trainer.data.reading.example import Example, Message
 from tuneyard_trainer.data.retrieval import Contexts
+from tuneyard_trainer.generation.engines import TransformersEngine
 from tuneyard_trainer.generation.greedy import continuations
 from tuneyard_trainer.models import adapters
 from tuneyard_trainer.models.base import load_base, load_tokenizer
@@ -178,7 +179,8 @@ def measured(model: Any, tokenizer: Any, given: Asked, expected: Sequence[Sequen
     loss = forward.mean_loss(model, given.rows, Worker(0, 1, CPU))
     turns = [[{"role": t.role, "content": t.content} for t in e.messages] for e in given.examples]
     prompts = [rendered(tokenizer, each[:-1]) for each in turns]
-    answers = continuations(model, tokenizer, prompts, max_new_tokens=24, add_special_tokens=False)
+    engine = TransformersEngine(model, tokenizer.pad_token_id)
+    answers = continuations(engine, tokenizer, prompts, max_new_tokens=24, add_special_tokens=False)
     right = sum(is_right(answer, wanted) for answer, wanted in zip(answers, expected, strict=True))
     cites = sum(
         bool(cited) and cited in answer for answer, cited in zip(answers, given.cited, strict=True)

@@ -180,6 +180,7 @@ LORA = job(
       samples: 5
       maxNewTokens: 32
       fewShot: 4
+      engine: vllm
       suites:
         - name: sense
           choices: {uri: "s3://suites/sense.jsonl", credentials: {name: store}}
@@ -459,6 +460,7 @@ GRPO = job(
       samples: 5
       maxNewTokens: 32
       fewShot: 4
+      engine: vllm
       suites: [{name: arc, task: {name: arc_easy}}]
       gates: [{metric: winRate, atLeast: 0.5}]
       winRate:

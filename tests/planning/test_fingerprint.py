@@ -285,6 +285,7 @@ def test_every_training_field_is_identity_or_declared_runtime() -> None:
         ("evaluate__samples", 1, "evaluate"),
         ("evaluate__maxNewTokens", 1, "evaluate"),
         ("evaluate__gates", [{"metric": "validationLoss", "atMost": 9.0}], "evaluate"),
+        ("evaluate__engine", "vllm", "evaluate"),
         ("evaluate__metrics", ["exactMatch"], "evaluate"),
         ("evaluate__answerSchema", "{}", "evaluate"),
         ("evaluate__fewShot", 4, "evaluate"),
@@ -362,6 +363,7 @@ def test_the_fields_above_are_all_fields_of_data_and_evaluate() -> None:
         "compareWithBase",
         "samples",
         "maxNewTokens",
+        "engine",
         "gates",  # each field of a gate: tested below
         "winRate",
         "metrics",

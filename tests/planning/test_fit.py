@@ -219,6 +219,7 @@ BY_VLLM: dict[str, Any] = {
             adapter={"lora": {}},
             rewardModel={"model": {"uri": "file://reward"}},
         ),
+        planned("8B", "36Gi", adapter={"lora": {}}, evaluate__engine="vllm", **HELD_OUT),
     ],
     ids=[
         "three GPUs a worker",
@@ -234,6 +235,7 @@ BY_VLLM: dict[str, Any] = {
         "long rows, short pairs",
         "long pairs",
         "vllm",
+        "evaluation by vllm",
     ],
 )
 def test_every_calculated_remedy_is_accepted_once_it_is_followed_and_fits(job: Job) -> None:

@@ -9,6 +9,7 @@ import importlib.util
 from collections.abc import Iterable
 
 from tuneyard.api.plan import PlannedStage
+from tuneyard.api.stage_settings import EvaluateSettings
 from tuneyard.api.tracking import Tracking
 from tuneyard.errors import StageError
 
@@ -39,7 +40,9 @@ def require(stages: Iterable[PlannedStage]) -> None:
                 require_metric(metric, f"evaluate.suites[{number}].answers.metrics")
         sampling = getattr(stage.settings, "sampling", None)
         if sampling and sampling.engine == "vllm":
-            require_vllm()
+            require_vllm("sampling.engine")
+        if isinstance(stage.settings, EvaluateSettings) and stage.settings.engine == "vllm":
+            require_vllm("evaluate.engine")
 
 
 def require_bitsandbytes() -> None:
@@ -111,15 +114,16 @@ def require_trl() -> None:
         )
 
 
-def require_vllm() -> None:
-    """Raise StageError MissingExtra unless vLLM is installed."""
+def require_vllm(path: str) -> None:
+    """Raise StageError MissingExtra unless vLLM is installed. `path`: the field of the manifest
+    that needs it."""
     if importlib.util.find_spec("vllm") is None:
         raise StageError(
             "MissingExtra",
-            "sampling.engine is vllm, and vLLM is not installed.",
+            f"{path} is vllm, and vLLM is not installed.",
             advice="Set compute.image to a trainer image with vLLM (on one machine, install "
             '`pip install "tuneyard[trainer,vllm]"` into a separate environment), or remove '
-            "sampling.engine.",
+            f"{path}.",
         )
 
 

@@ -235,6 +235,11 @@ class Evaluate(Model):
     few_shot: int = Field(default=0, ge=0, le=64)
     """Worked examples before each held-out question, with which the base model is asked too: what
     prompting gets without training. 0: it is not."""
+    engine: Literal["transformers", "vllm"] = Field(
+        default="transformers", exclude_if=lambda value: value == "transformers"
+    )
+    """The library with which the models answer and sample. vllm needs a trainer image with vLLM:
+    see docs/evaluation.md."""
     metrics: list[AnswerMetric] = Field(
         default=[], max_length=8, exclude_if=lambda value: not value
     )

@@ -648,6 +648,8 @@ class EvaluateSettings(Model):
     gates: list[Gate]
     """Bounds that the result must meet."""
     # What 0.2 did not know is left out where it is None: the plans of 0.2 keep their bytes.
+    engine: Literal["vllm"] | None = Field(default=None, exclude_if=lambda value: value is None)
+    """The library with which the models answer and sample. None: transformers."""
     metrics: list[AnswerMetric] | None = Field(default=None, exclude_if=lambda value: value is None)
     """Metrics of the answers to held-out questions of `data`. None: no others than answerAccuracy
     of rows with expected texts."""

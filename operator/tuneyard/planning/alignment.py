@@ -57,6 +57,7 @@ from tuneyard.planning.drafts import (
     dataset_settings,
     default_notes,
     evaluate,
+    evaluation_engine,
     general_inputs,
     generated,
     judge_input,
@@ -493,6 +494,7 @@ class _Builder:
             samples=spec.evaluate.samples,
             max_new_tokens=spec.evaluate.max_new_tokens,
             gates=spec.evaluate.gates,
+            engine=evaluation_engine(spec.evaluate),
             chat=self.chat,
             completions=CompletionsSettings(
                 prompts=prompt_settings(prompts[0]) if prompts else None,

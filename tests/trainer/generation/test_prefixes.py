@@ -10,6 +10,7 @@ import torch
 
 from tests.trainer.generation.test_greedy import load
 from tuneyard_trainer.generation.batches import generate, next_token_logits
+from tuneyard_trainer.generation.engines import TransformersEngine
 from tuneyard_trainer.generation.greedy import continuations
 from tuneyard_trainer.generation.prefixes import SHORTEST, Prefix, common_prefix
 
@@ -56,7 +57,8 @@ def test_continuations_compute_the_shared_tokens_once(
 
     handle = model.register_forward_pre_hook(count, with_kwargs=True)
     many = [f"{SHARED} number {number}" for number in range(40)]
-    continuations(model, tiny_tokenizer, many, max_new_tokens=2, add_special_tokens=False)
+    engine = TransformersEngine(model, tiny_tokenizer.pad_token_id)
+    continuations(engine, tiny_tokenizer, many, max_new_tokens=2, add_special_tokens=False)
     handle.remove()
     ids = encode(tiny_tokenizer, many)
     shared = len(common_prefix(ids))

@@ -62,7 +62,7 @@ def samplers() -> Iterator[Any]:
 
     yield make
     for sampler in made:
-        if sampler.engine:
+        if sampler.copy.llm:
             sampler.close()
 
 
@@ -175,7 +175,7 @@ def test_a_model_that_vllm_cannot_run_is_refused_by_name(samplers: Any) -> None:
 
 def test_closing_a_sampler_frees_its_model(samplers: Any) -> None:
     sampler = samplers()
-    (model,) = sampler.engine.apply_model(weakref.ref)
+    (model,) = sampler.copy.llm.apply_model(weakref.ref)
     assert model() is not None
     sampler.close()
     assert model() is None
@@ -242,10 +242,10 @@ def test_a_resumed_run_ends_with_the_same_weights_bit_for_bit(
         steps.append(step)
 
     stopping = Worker(0, 1, DEVICE, report=report, stop=lambda: max(steps) >= 1)
-    with pytest.raises(Interrupted):
+    with pytest.raises(Interrupted) as stopped:
         run(method, stage, tmp_path / "parts", inputs, stopping)
     outcome = run(method, stage, tmp_path / "parts", inputs)
-    assert outcome.details["resumedAtStep"] == 2
+    assert outcome.details["resumedAtStep"] == stopped.value.step > 0
     whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
 

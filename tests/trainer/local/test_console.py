@@ -405,9 +405,22 @@ def test_the_result_compares_base_and_tuned_and_shows_time_tokens_and_memory() -
     assert cells(shown, "Answers right") == ["1/16", "14/16", "+13"]
     # The stage was resumed: its last attempt took 75 of the 120 s of training.
     assert cells(shown, "Time") == ["2 min training, 5 min 45 s in total"]
+    assert cells(shown, "Evaluation") == ["1 min 15 s, 22 % of the time of all stages"]
     assert cells(shown, "Tokens trained on") == ["18,000"]
     assert cells(shown, "Peak memory") == ["1.5 GiB"]
     assert cells(shown, "Trained parameters") == ["5,000,000 of 100,000,000 (5 %)"]
+
+
+def test_the_result_names_an_engine_that_the_manifest_chose_and_no_share_of_an_unfinished_job() -> (
+    None
+):
+    found = records()
+    evaluation = found["evaluate"]
+    details = {**evaluation.details, "engine": "vllm"}
+    found["evaluate"] = evaluation.model_copy(update={"details": details})
+    assert cells(summarized(found), "Evaluation")[0].endswith("stages, answered by vllm")
+    del found["export"]
+    assert "of the time of all stages" not in summarized(found)
 
 
 ALIGNED = {"baseReward": 0.25, "reward": 0.75, "steps": 12.0, "trainingSeconds": 600.0}

@@ -373,6 +373,23 @@ def test_merged_weights_equal_those_of_the_merged_model(
     assert not any(getattr(module, "merged", False) for module in model.modules())
 
 
+@pytest.mark.parametrize("kind", MERGEABLE)
+def test_merged_weights_are_the_bases_while_the_adapter_is_off(
+    kind: str, base: Base, attach: Any
+) -> None:
+    model = attach(ADAPTERS[kind])
+    train_step(model)
+    with adapters.disabled(model):
+        off = {
+            name: tensor.clone() for name, tensor in adapters.merged_weights(model, with_tied=True)
+        }
+    expected = base().state_dict()
+    assert off.keys() == expected.keys()
+    assert all(torch.equal(off[name], tensor) for name, tensor in expected.items())
+    on = dict(adapters.merged_weights(model, with_tied=True))
+    assert any(not torch.equal(off[name], on[name]) for name in off)
+
+
 @pytest.mark.parametrize("with_tied", [True, False])
 def test_a_head_tied_to_the_embeddings_is_yielded_only_on_request(
     with_tied: bool,

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests.trainer.evaluation.measuring import evaluate_stage
 from tests.trainer.jobs import manifest, planned, write_data
 from tests.trainer.preferring import planned as planned_preferences
 from tests.trainer.rows import train_stage
@@ -80,6 +81,15 @@ def test_only_stages_that_sample_with_vllm_need_it(make: Any, without: Any) -> N
     with pytest.raises(StageError, match=r"compute\.image") as caught:
         extras.require([make(), make(sampling={"engine": "vllm"})])
     assert caught.value.reason == "MissingExtra"
+
+
+def test_an_evaluation_needs_vllm_only_if_the_manifest_names_it(without: Any) -> None:
+    without("vllm")
+    extras.require([evaluate_stage()])
+    with pytest.raises(StageError, match=r"^evaluate\.engine is vllm") as caught:
+        extras.require([evaluate_stage(engine="vllm")])
+    assert caught.value.reason == "MissingExtra"
+    assert "or remove evaluate.engine" in caught.value.advice
 
 
 @pytest.mark.parametrize(

@@ -9,18 +9,21 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from typing import Any
 
 from tuneyard.api.earlier import current, current_role
 from tuneyard.api.stage_settings import EvaluateSettings
+from tuneyard.errors import StageError
 from tuneyard_trainer.data.sharing import InStep, SharedStage
 from tuneyard_trainer.evaluation.findings import findings
 from tuneyard_trainer.evaluation.part import Found, Loaded, Part
 from tuneyard_trainer.evaluation.parts import parts_of
 from tuneyard_trainer.evaluation.result import finish
+from tuneyard_trainer.generation.engines import Engine, TransformersEngine
 from tuneyard_trainer.models import adapters, policies
+from tuneyard_trainer.models.base import load_tokenizer
 from tuneyard_trainer.worker import StageContext, StageOutcome
 
 STEPS = 2
@@ -72,6 +75,7 @@ def _run(context: StageContext, shared: SharedStage) -> StageOutcome:
         found.samples,
         {
             **found.details,
+            **({"engine": settings.engine} if settings.engine else {}),
             **({"suites": found.suites} if found.suites else {}),
             **({"findings": warnings} if warnings else {}),
         },
@@ -97,17 +101,38 @@ def _models(context: StageContext, sharing: SharedStage | InStep, shards: int) -
     compared = context.settings(EvaluateSettings).compare_with_base
     sharing.check_stop()
     model = policies.load_for_inference(inputs, worker.device, shards)
-    yield Loaded(model, "the tuned model", worker, sharing)
-    if not compared:
-        return
-    sharing.check_stop()
-    if "start" not in inputs and adapters.attached(model):
-        with adapters.disabled(model):
-            yield Loaded(model, name, worker, sharing)
-        return
-    del model
+    with closing(_engine(context, model, sharing)) as engine:
+        yield Loaded(model, "the tuned model", worker, sharing, engine)
+        if not compared:
+            return
+        sharing.check_stop()
+        if "start" not in inputs and adapters.attached(model):
+            with adapters.disabled(model):
+                yield Loaded(model, name, worker, sharing, engine)
+            return
+    del model, engine
     gc.collect()
-    yield Loaded(policies.load_for_inference(start, worker.device, shards), name, worker, sharing)
+    model = policies.load_for_inference(start, worker.device, shards)
+    with closing(_engine(context, model, sharing)) as engine:
+        yield Loaded(model, name, worker, sharing, engine)
+
+
+def _engine(context: StageContext, model: Any, sharing: SharedStage | InStep) -> Engine:
+    """Return the stage's engine for a loaded model. Raises StageError EngineUnsupported for vLLM
+    and a model that the workers share, which the planner refuses."""
+    if context.settings(EvaluateSettings).engine is None:
+        tokenizer = load_tokenizer(context.inputs["model"])
+        return TransformersEngine(model, int(tokenizer.pad_token_id))
+    if isinstance(sharing, InStep):
+        raise StageError(
+            "EngineUnsupported",
+            "evaluate.engine is vllm, which needs the whole model on each worker, and the workers "
+            "share the model.",
+            advice="Set compute.sharding to none, or remove evaluate.engine.",
+        )
+    from tuneyard_trainer.generation.vllm import VllmEngine  # an extra
+
+    return VllmEngine(model, sharing)
 
 
 def _compared(parts: list[Part[Any]], measured: list[list[Any]]) -> Iterator[Found]:

@@ -22,7 +22,8 @@ from tuneyard_trainer.data.prompts import Prompt
 from tuneyard_trainer.data.sharing import InStep, SharedStage
 from tuneyard_trainer.evaluation.evidence import Estimate
 from tuneyard_trainer.evaluation.items import Items
-from tuneyard_trainer.generation.greedy import continuations
+from tuneyard_trainer.generation.engines import Engine
+from tuneyard_trainer.generation.greedy import continuations, token_ids
 from tuneyard_trainer.models import probes
 from tuneyard_trainer.preference.micro_batches import evaluate_rows, logprobs, row_values
 from tuneyard_trainer.reporting.results import Sample
@@ -45,6 +46,8 @@ class Loaded:
     worker: Worker
     sharing: SharedStage | InStep
     """How the workers share the rows: each of them has the whole model, or they share it."""
+    engine: Engine
+    """Completes prompts with the model."""
 
     @cached_property
     def packs(self) -> bool:
@@ -84,15 +87,18 @@ class Loaded:
     ) -> tuple[str, ...]:
         """Return the greedy continuation of each text. All workers call it and share the texts.
         `templated`: whether a chat template rendered them, special tokens included."""
+        encoded = token_ids(tokenizer, texts, add_special_tokens=not templated)
+        lengths = [len(ids) for ids in encoded]
+        if lengths:
+            self.engine.prepare(max(lengths) + max_new_tokens)
         answer = partial(
             continuations,
-            self.model,
+            self.engine,
             tokenizer,
             max_new_tokens=max_new_tokens,
             add_special_tokens=not templated,
             before_batch=self.sharing.check_stop,
         )
-        lengths = [len(text) for text in texts]
         return tuple(self.sharing.results(lengths, lambda own: answer([texts[i] for i in own])))
 
 

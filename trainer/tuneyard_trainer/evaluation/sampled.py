@@ -23,7 +23,7 @@ from tuneyard_trainer.evaluation.items import Items
 from tuneyard_trainer.evaluation.part import Answered, Found, Loaded, Rater
 from tuneyard_trainer.evaluation.result import spread
 from tuneyard_trainer.generation.completions import Completion, decode
-from tuneyard_trainer.generation.sampling import TransformersSampler, stop_tokens
+from tuneyard_trainer.generation.sampling import stop_tokens
 from tuneyard_trainer.reporting.results import Sample
 from tuneyard_trainer.training.seeds import derive_seed
 
@@ -88,7 +88,7 @@ class SampledCompletions:
         """Sample a completion of each prompt, and measure those of the tuned model."""
         stop = stop_tokens(loaded.model, self.tokenizer, self.chat_template)
         pad = int(self.tokenizer.pad_token_id)
-        tokens = self._sample(loaded, TransformersSampler(loaded.model, pad, stop, self.sampling))
+        tokens = self._sample(loaded, stop)
         tuned_N = np.zeros(0)
         if self.prompts:
             completed = completed_rows(self.prompts, tuned.tokens if tuned else tokens)
@@ -96,15 +96,22 @@ class SampledCompletions:
         completions = tuple(decode(self.tokenizer, stop, row) for row in tokens)
         return Measured(completions, tokens, tuned_N)
 
-    def _sample(self, loaded: Loaded, sampler: TransformersSampler) -> tuple[tuple[int, ...], ...]:
+    def _sample(self, loaded: Loaded, stop: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
         """Return the tokens of one completion of each prompt."""
+        lengths = [len(prompt.ids) for prompt in self.prompts]
+        if lengths:
+            loaded.engine.prepare(max(lengths) + self.sampling.max_new_tokens)
 
         def of(own: list[int]) -> list[tuple[int, ...]]:
-            ids = [self.prompts[index].ids for index in own]
-            keys = [derive_seed(self.seed, index) for index in own]
-            return [sampled.tokens for sampled in sampler(ids, keys, loaded.sharing.check_stop)]
+            return loaded.engine.sample(
+                [self.prompts[index].ids for index in own],
+                [derive_seed(self.seed, index) for index in own],
+                stop=stop,
+                settings=self.sampling,
+                before_batch=loaded.sharing.check_stop,
+            )
 
-        return tuple(loaded.sharing.results([len(prompt.ids) for prompt in self.prompts], of))
+        return tuple(loaded.sharing.results(lengths, of))
 
     def compare(self, tuned: Measured | None, before: Measured | None) -> Found:
         """Return the signs of reward hacking, samples, and what the raters find."""

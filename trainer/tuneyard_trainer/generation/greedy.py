@@ -1,24 +1,15 @@
-"""Greedy completions of prompts in batches. They do not depend on the batch."""
+"""Greedy answers to texts. They do not depend on the batch, except by rounding."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from tuneyard_trainer.generation.batches import (
-    generate,
-    length_batches,
-    own_stop_tokens,
-    prompt_tuned,
-)
-from tuneyard_trainer.generation.prefixes import Prefix
-
-BATCH = 32
-"""Prompts in a batch: with a 1k-token prompt the cache of a 1B model then takes about 2 GiB."""
+from tuneyard_trainer.generation.engines import Engine
 
 
 def continuations(
-    model: Any,
+    engine: Engine,
     tokenizer: Any,
     prompts: Sequence[str],
     *,
@@ -26,28 +17,31 @@ def continuations(
     add_special_tokens: bool,
     before_batch: Callable[[], None] = lambda: None,
 ) -> tuple[str, ...]:
-    """Return the model's greedy continuation of each prompt, in the order of the prompts.
+    """Return the engine's greedy continuation of each prompt, in the order of the prompts and
+    without special tokens. The engine is prepared for them.
 
-    `add_special_tokens`: tokenize each prompt with the tokenizer's special tokens. Prompts that a
-    chat template rendered already hold them. `before_batch`: called before each batch; what it
+    `add_special_tokens`: as `token_ids` takes it. `before_batch`: called before each batch; what it
     raises ends the call.
     """
     if not prompts:
         return ()
-    completions: dict[int, str] = {}
-    encoded = tokenizer(list(prompts), add_special_tokens=add_special_tokens)["input_ids"]
-    lengths = [len(ids) for ids in encoded]
-    prefix = Prefix.of(model, encoded)
-    for chosen in length_batches(lengths, BATCH, padded=not prompt_tuned(model)):
-        before_batch()
-        tokens = generate(
-            model,
-            [encoded[i] for i in chosen],
-            pad=tokenizer.pad_token_id,
-            stop=own_stop_tokens(model),
-            max_new_tokens=max_new_tokens,
-            prefix=prefix,
-        )
-        texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
-        completions.update((i, text.strip()) for i, text in zip(chosen, texts, strict=True))
-    return tuple(completions[i] for i in range(len(prompts)))
+    tokens = engine.complete(
+        token_ids(tokenizer, prompts, add_special_tokens=add_special_tokens),
+        max_new_tokens=max_new_tokens,
+        before_batch=before_batch,
+    )
+    texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    return tuple(str(text).strip() for text in texts)
+
+
+def token_ids(tokenizer: Any, texts: Sequence[str], *, add_special_tokens: bool) -> list[list[int]]:
+    """Return the tokens of each text.
+
+    `add_special_tokens`: tokenize each text with the tokenizer's special tokens. Texts that a chat
+    template rendered already hold them.
+    """
+    if not texts:
+        return []
+    encoded = tokenizer(list(texts), add_special_tokens=add_special_tokens)
+    found: list[list[int]] = encoded["input_ids"]
+    return found

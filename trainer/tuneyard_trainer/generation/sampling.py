@@ -36,6 +36,10 @@ GPU_BATCH, CPU_BATCH = 256, 64
 """The most completions in a batch: up to this size, the cost of a step hardly grows."""
 CACHE_SHARE, CPU_CACHE_BYTES = 0.25, 2 << 30
 """The most memory of a batch's key-value cache: a share of a GPU's memory, and bytes on CPU."""
+MAX_SAMPLER_LOGPROB_GAP = 0.25
+"""The most by which an engine's log-probabilities may differ from the model's, in nats, mean over
+tokens. bfloat16's 8 bits round a logit of 10 by hundredths; an engine that kept the initial weights
+of its head had a gap of about one."""
 
 
 class Sampled(NamedTuple):

@@ -325,7 +325,7 @@ def merged_weights(model: nn.Module, *, with_tied: bool) -> Iterator[tuple[str, 
 
     The adapter is merged into a copy of each layer, and the model stays unchanged to the bit:
     merging in place and unmerging would round the base a little each time. The planner refuses the
-    kinds that cannot be merged.
+    kinds that cannot be merged. An adapter that is off is left out.
 
     `with_tied`: a head that is tied to the embeddings is yielded too.
     """
@@ -353,6 +353,8 @@ def _merged(layer: Any) -> list[tuple[str, Tensor]]:
     """Return a layer's merged weights. `safe_merge` replaces the layer's tensors by new ones; the
     layer gets its own tensors back."""
     parameters = dict(layer.get_base_layer().named_parameters())
+    if layer.disable_adapters:
+        return [*parameters.items()]
     own = {name: parameter.data for name, parameter in parameters.items()}
     layer.merge(safe_merge=True)
     try:

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from tuneyard.api.alignment import Sampling
 from tuneyard.errors import StageError
 from tuneyard_trainer.data.prompts import Prompt, TokenizedPrompt
-from tuneyard_trainer.generation.sampling import Sampled, Sampler
+from tuneyard_trainer.generation.sampling import MAX_SAMPLER_LOGPROB_GAP, Sampled, Sampler
 from tuneyard_trainer.models.sharding import is_shared
 from tuneyard_trainer.reinforcement import arithmetic
 from tuneyard_trainer.reinforcement.actor import Actor, Sequences
@@ -31,10 +31,6 @@ from tuneyard_trainer.reinforcement.rewards import Attempt, Reward, finite, rewa
 from tuneyard_trainer.worker import Interrupted
 
 Result = TypeVar("Result")
-
-MAX_SAMPLER_LOGPROB_GAP = 0.25
-"""In nats, mean over tokens. bfloat16's 8 bits round a logit of 10 by hundredths; an engine that
-kept the initial weights of its head had a gap of about one."""
 
 
 @dataclass(frozen=True)

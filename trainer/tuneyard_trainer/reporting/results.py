@@ -163,7 +163,7 @@ class Results:
         return cls(
             compared=tuple(compared(training, evaluation)),
             facts=(
-                *_facts(training, records.values() if "export" in kinds else ()),
+                *_facts(training, evaluation, records.values() if "export" in kinds else ()),
                 *_against_examples(evaluation.metrics if evaluation else {}),
             ),
             samples=tuple(Sample.of(sample) for sample in samples),
@@ -284,9 +284,11 @@ def _against_examples(metrics: Mapping[str, float]) -> list[tuple[str, str]]:
 
 
 def _facts(
-    training: StageRecord | None, all_stages: Iterable[StageRecord]
+    training: StageRecord | None,
+    evaluation: StageRecord | None,
+    all_stages: Iterable[StageRecord],
 ) -> list[tuple[str, str]]:
-    """Return labels and values of the training.
+    """Return labels and values of the training and of the evaluation's time.
 
     `all_stages`: the records of the whole job, for its total time; empty while the job runs.
     """
@@ -298,6 +300,12 @@ def _facts(
         facts.append(("Time", f"{duration(metrics['trainingSeconds'])} training{in_total}"))
     elif total:
         facts.append(("Time", duration(total)))
+    if evaluation and total:
+        seconds = seconds_of_attempts(evaluation)
+        engine = evaluation.details.get("engine")
+        answered = f", answered by {engine}" if engine else ""
+        share = f"{percent(seconds / total)} of the time of all stages"
+        facts.append(("Evaluation", f"{duration(seconds)}, {share}{answered}"))
     if "steps" in metrics:
         facts.append(("Steps", _steps(metrics, training.details if training else {})))
     if "tokens" in metrics:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -31,6 +31,8 @@ from tuneyard.api.stage_settings import (
 from tuneyard.planning.memory import host
 from tuneyard.planning.memory.activations import Computation, Loss, MicroBatch
 from tuneyard.planning.memory.inference import (
+    CPU_BATCH,
+    GPU_BATCH,
     GREEDY_BATCH,
     generation_parts,
     measured_parts,
@@ -158,6 +160,12 @@ def loop_of(stage: PlannedStage) -> LoopSettings | None:
     ):
         return settings.training
     return None
+
+
+def _answer_tokens(suites: Iterable[SuiteSettings]) -> list[int]:
+    """Return the longest answer of each suite that asks prompts, in tokens."""
+    asked = (suite for suite in suites if suite.answers or suite.kind == "refusals")
+    return [suite.answers.max_new_tokens if suite.answers else REFUSAL_TOKENS for suite in asked]
 
 
 def _loss(stage: PlannedStage, loop: LoopSettings) -> Loss:
@@ -512,6 +520,9 @@ class _Job:
             found, other = self._suites(stage, settings.suites)
             moments += found
             assumed += other
+        if settings.engine == "vllm":
+            shape = self._answered_shape(stage, settings)
+            moments = [self._with_engine(moment, shape) for moment in moments]
         if judge := self._judge(stage):
             others = self._reward_models(stage, scoring_terms(settings))
             moments.append(Moment.of("judging", ("reward models", others), ("judge", judge)))
@@ -527,13 +538,12 @@ class _Job:
         tokens = default_tokens(self.facts, gpu=self.machine.gpu)
         measured = self.lengths.measured(stage)
         longest = measured and measured.held_out
-        held_out = min(self.lengths.rows, longest or self.lengths.rows)
+        held_out = self._held_out_length(stage)
         batch = micro_batch(held_out, tokens, share=tokens)
         known = self.lengths.measured_prompts.get(stage.name)
         count = min(GREEDY_BATCH, known.count) if known else GREEDY_BATCH
-        asked = held_out * (1 + (settings.few_shot or 0))
-        asked = min(asked, self.facts.context_length or asked)
-        prompts, new = MicroBatch(count, asked), settings.max_new_tokens
+        prompts = MicroBatch(count, self._asked_length(stage, settings))
+        new = settings.max_new_tokens
         if self.least:
             batch = prompts = MicroBatch(1, 1)
             new = 1
@@ -548,6 +558,34 @@ class _Job:
         ]
         assumed = f"held-out rows are assumed to have up to {held_out} tokens"
         return moments, () if longest else (assumed,)
+
+    def _held_out_length(self, stage: PlannedStage) -> int:
+        """Return the tokens of the longest held-out row."""
+        measured = self.lengths.measured(stage)
+        longest = measured and measured.held_out
+        return min(self.lengths.rows, longest or self.lengths.rows)
+
+    def _asked_length(self, stage: PlannedStage, settings: EvaluateSettings) -> int:
+        """Return the tokens of the longest held-out prompt, with its worked examples."""
+        asked = self._held_out_length(stage) * (1 + (settings.few_shot or 0))
+        return min(asked, self.facts.context_length or asked)
+
+    def _answered_shape(self, stage: PlannedStage, settings: EvaluateSettings) -> Shape:
+        """Return what an engine of its own completes in an evaluation: it has one cache for the
+        longest of all prompts."""
+        most = GPU_BATCH if self.machine.gpu else CPU_BATCH
+        if self.least:
+            return Shape(1, 1, 1)
+        suites = settings.suites or []
+        prompts, new = [1], [settings.max_new_tokens]
+        if "data" in stage.inputs:
+            prompts.append(self._asked_length(stage, settings))
+        if settings.completions:
+            prompts.append(self._judged_shape(stage, 1, settings.max_new_tokens).prompt)
+        if answered := _answer_tokens(suites):
+            prompts.append(self.lengths.prompts)
+            new += answered
+        return Shape(most, max(prompts), max(new))
 
     def _sampled_completions(
         self, stage: PlannedStage, settings: EvaluateSettings
@@ -583,10 +621,7 @@ class _Job:
         if "task" in kinds:
             found = measured_parts(self.facts, tasks, how)
             moments.append(Moment.of("tasks of suites", *weights, *found))
-        new = [each.answers.max_new_tokens for each in suites if each.answers is not None]
-        if "refusals" in kinds:
-            new.append(REFUSAL_TOKENS)
-        if new:
+        if new := _answer_tokens(suites):
             most = max(new)
             found = generation_parts(self.facts, asked, 1 if self.least else most, how)
             moments.append(Moment.of("answers to suites", *weights, *found))

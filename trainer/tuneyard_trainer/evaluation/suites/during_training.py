@@ -23,6 +23,7 @@ from tuneyard_trainer.evaluation.suites.parts import (
     RefusalSuite,
     row_suite,
 )
+from tuneyard_trainer.generation.engines import TransformersEngine
 from tuneyard_trainer.models.base import autocast, load_tokenizer, precision_of
 from tuneyard_trainer.models.probes import base_of
 from tuneyard_trainer.models.sharding import is_shared, reshard
@@ -56,7 +57,9 @@ def suites_of(
     )
     sharing = InStep(worker) if is_shared(model) else SharedStage(worker)
     settings = copy.deepcopy(base_of(model).generation_config)
-    return _Measurement(_InTraining(model, "the model", worker, sharing, passes, settings), suites)
+    engine = TransformersEngine(model, int(tokenizer.pad_token_id))
+    trained = _InTraining(model, "the model", worker, sharing, engine, passes, settings)
+    return _Measurement(trained, suites)
 
 
 @dataclass(frozen=True)

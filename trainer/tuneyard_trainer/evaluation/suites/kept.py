@@ -36,7 +36,10 @@ result."""
 MODELS = (("model", "start", "tuned"), ("model", "start"))
 """The inputs that decide the tuned model, and the model before."""
 VERSIONED = ("tuneyard", "torch", "transformers", "peft")
-"""The packages whose versions decide a measurement; of a task, lm_eval too."""
+"""The packages whose versions decide a measurement; of a task lm_eval too, and the engine's that
+answers the prompts of a suite."""
+ANSWERED = ("answers", "refusals")
+"""The kinds of suites whose prompts the engine of the evaluation answers."""
 
 
 def kept(
@@ -126,8 +129,11 @@ def _key(
     chat_template: Any,
 ) -> str:
     """Return the name of the file of a suite and a model."""
-    chat = context.settings(EvaluateSettings).chat
-    packages = (*VERSIONED, *(["lm_eval"] if suite.kind == "task" else []))
+    settings = context.settings(EvaluateSettings)
+    chat = settings.chat
+    packages = [*VERSIONED, *(["lm_eval"] if suite.kind == "task" else [])]
+    if suite.kind in ANSWERED and settings.engine:  # a build for the CPU has another name
+        packages += importlib.metadata.packages_distributions()[settings.engine]
     decides = {
         "model": {role: context.digests.get(role) for role in roles},
         "suite": suite.model_dump(mode="json", exclude={"name"}),
