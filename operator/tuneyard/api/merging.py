@@ -1,0 +1,49 @@
+"""Merging: `spec.merge`, a model made from the weights of several."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from tuneyard.api.adapters import LayerRanges, ModuleNames
+from tuneyard.api.meta import Model
+from tuneyard.api.sources import ModelSource
+
+MergeMethod = Literal["linear", "slerp", "taskArithmetic", "ties", "dareLinear", "dareTies"]
+ON_CHANGES: tuple[MergeMethod, ...] = ("taskArithmetic", "ties", "dareLinear", "dareTies")
+"""The methods that merge what tuning changed, and so need the base."""
+THINNING: tuple[MergeMethod, ...] = ("ties", "dareLinear", "dareTies")
+"""The methods that leave out a share of the changes."""
+
+Weight = Annotated[float, Field(ge=-10, le=10)]
+Density = Annotated[float, Field(gt=0, le=1)]
+
+
+class MergeException(Model):
+    """Another weight or density for some tensors. A tensor must fit all fields that are set."""
+
+    layers: LayerRanges | None = None
+    """Decoder layers, e.g. "0-11". None: all, and the tensors outside of the layers."""
+    modules: ModuleNames | None = None
+    """Modules whose tensors are meant, e.g. mlp, self_attn.q_proj or embed_tokens. None: all."""
+    weight: Weight | None = None
+    """The model's weight in these tensors. None: the model's."""
+    density: Density | None = None
+    """The model's density in these tensors. None: the model's."""
+
+
+class MergePart(Model):
+    """A model's part in a merge."""
+
+    weight: Weight = 1.0
+    """Weight of the model. linear and slerp divide it by the sum of all weights."""
+    density: Density | None = None
+    """Share of the changes that is kept (ties: the largest; dareLinear, dareTies: drawn). None:
+    `merge.density`."""
+    exceptions: list[MergeException] = Field(default=[], max_length=64)
+    """Tensors with another weight or density. The first that fits holds."""
+
+
+class MergedModel(ModelSource, MergePart):
+    """A model, or an adapter of the job's base, that is merged."""
