@@ -119,14 +119,14 @@ def test_dare_ties_leaves_out_what_disagrees_with_the_sum() -> None:
 
 
 METHODS: dict[str, Callable[[Sequence[float], Blocks], Merger]] = {
-    "linear": lambda weights, blocks: arithmetic.linear(weights),
+    "linear": lambda weights, _: arithmetic.linear(weights),
     "slerp": lambda weights, blocks: arithmetic.slerp(weights[1] / sum(weights), blocks),
-    "taskArithmetic": lambda weights, blocks: arithmetic.task_arithmetic(weights, 1.0),
+    "taskArithmetic": lambda weights, _: arithmetic.task_arithmetic(weights, 1.0),
     "ties": lambda weights, blocks: arithmetic.ties(weights, [1.0] * len(weights), 1.0, blocks),
-    "dareLinear": lambda weights, blocks: arithmetic.dare(
+    "dareLinear": lambda weights, _: arithmetic.dare(
         weights, [1.0] * len(weights), 1.0, draws=draws(len(weights)), elect_sign=False
     ),
-    "dareTies": lambda weights, blocks: arithmetic.dare(
+    "dareTies": lambda weights, _: arithmetic.dare(
         weights, [1.0] * len(weights), 1.0, draws=draws(len(weights)), elect_sign=True
     ),
 }

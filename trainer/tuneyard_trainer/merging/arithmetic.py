@@ -28,8 +28,9 @@ class Block:
     """Of the model that the others were tuned from. None: the method needs none."""
 
     @property
-    def changes_MB(self) -> Tensor:
-        """What each model's tuning changed: its task vector (Ilharco et al. 2023)."""
+    def changes(self) -> Tensor:
+        """The change by each model's tuning, its task vector (Ilharco et al. 2023). Shape: (M,
+        B)."""
         if self.base_B is None:
             raise TypeError("a block without a base has no changes")
         return self.models_MB - self.base_B
@@ -77,7 +78,7 @@ def task_arithmetic(weights_M: Sequence[float], scale: float) -> Merger:
     arXiv:2212.04089). Of one model with a weight below 1 it is WiSE-FT: back toward the base
     (Wortsman et al. 2022, arXiv:2109.01903)."""
     weights = torch.tensor(weights_M, dtype=torch.float32) * scale
-    return lambda block: _based(block, weights @ block.changes_MB)
+    return lambda block: _based(block, weights @ block.changes)
 
 
 def ties(
@@ -91,10 +92,10 @@ def ties(
     weight and multiplied by `scale`. Changes as large as the smallest kept one are kept too.
     """
     weights = torch.tensor(weights_M, dtype=torch.float32)[:, None]
-    least_M1 = smallest_kept(densities_M, lambda: (block.changes_MB for block in blocks()))[:, None]
+    least_M1 = smallest_kept(densities_M, lambda: (block.changes for block in blocks()))[:, None]
 
     def merge(block: Block) -> Tensor:
-        changes_MB = block.changes_MB
+        changes_MB = block.changes
         kept_MB = torch.where(changes_MB.abs() >= least_M1, changes_MB, 0.0)
         agreeing_MB = _agreeing(weights * kept_MB, kept_MB)
         sum_B = (weights * kept_MB * agreeing_MB).sum(0)
@@ -122,7 +123,7 @@ def dare(
     densities = torch.tensor(densities_M, dtype=torch.float32)[:, None]
 
     def merge(block: Block) -> Tensor:
-        changes_MB = block.changes_MB
+        changes_MB = block.changes
         chance_MB = torch.stack(
             [torch.rand(changes_MB.shape[1], generator=draw(block.number)) for draw in draws]
         )
@@ -160,15 +161,13 @@ def draw(seed: int, *names: str) -> Callable[[int], torch.Generator]:
     return generator
 
 
-# ---- the largest values of a tensor that is read in blocks -----------------------------------------
+# ---- the largest values of a tensor that is read in blocks -------------------------------------
 
 _HIGH = 16
 """Bits of a float32 that the first reading counts; the second counts the rest."""
 
 
-def smallest_kept(
-    densities_M: Sequence[float], values: Callable[[], Iterator[Tensor]]
-) -> Tensor:
+def smallest_kept(densities_M: Sequence[float], values: Callable[[], Iterator[Tensor]]) -> Tensor:
     """Return, for each model, the least size of the share of its values that are largest in size.
     Shape: (M,). A share of less than one value is one value.
 

@@ -57,7 +57,7 @@ class WholeModel:
     def specs(self) -> Mapping[str, TensorSpec]:
         return {name: tensor.spec for name, tensor in self.tensors.items()}
 
-    def dim(self, name: str) -> int:
+    def dim(self, name: str) -> int:  # noqa: ARG002
         return 0
 
     def read(self, name: str, start: int, stop: int, dim: int) -> Tensor:
