@@ -45,5 +45,26 @@ class MergePart(Model):
     """Tensors with another weight or density. The first that fits holds."""
 
 
+class MergeRecipe(Model):
+    """The arithmetic of a merge."""
+
+    method: MergeMethod = "linear"
+    """linear: the weighted mean (model soups). slerp: a point of the arc between two models.
+    taskArithmetic: the base plus the weighted sum of the changes; of one model with a weight below
+    1, a way back toward the base (WiSE-FT). ties: the base plus the mean of the largest changes
+    that agree in sign. dareLinear, dareTies: the base plus the sum of changes of which a random
+    share is kept and scaled up; dareTies leaves out those that disagree in sign."""
+    density: Density = 0.5
+    """Share of the changes that is kept, of models that state none. ties keeps the largest, DARE
+    draws them. The other methods keep all."""
+    scale: float = Field(default=1.0, gt=0, le=10)
+    """Factor of the merged change. linear and slerp have none."""
+    seed: int = Field(default=0, ge=0, lt=1 << 31)
+    """Seed of the changes that DARE draws."""
+    tokenizer: Literal["base", "union"] = "base"
+    """Tokens of the result. base: those of the base; tokens that models have added are left out.
+    union: these too."""
+
+
 class MergedModel(ModelSource, MergePart):
     """A model, or an adapter of the job's base, that is merged."""

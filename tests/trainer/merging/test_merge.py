@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tuneyard.api.merging import MergeException, MergeMethod, MergePart
+from tuneyard.api.merging import MergeException, MergeMethod, MergePart, MergeRecipe
 from tuneyard.errors import StageError
 from tuneyard_trainer.merging import merge as merging
 from tuneyard_trainer.merging.merge import Merge, fits
@@ -36,8 +37,8 @@ def merge_of(
         for name, weight in weights.items()
     ]
     base = source(folder / "base.safetensors")
-    settings = {"density": 1.0, "scale": 1.0, "seed": 0} | more
-    return Merge(method=method, models=models, base=base, specs=dict(base.specs), **settings)
+    recipe = MergeRecipe.model_validate({"method": method, "density": 1.0} | more)
+    return Merge(recipe, models, base, base.specs)
 
 
 def merged(merge: Merge) -> dict[str, Tensor]:
@@ -71,7 +72,7 @@ def test_a_merge_writes_what_it_computes_in_the_type_of_the_result(tmp_path: Pat
     merge = merge_of("ties", density=0.5)
     half = {name: spec.cast(torch.bfloat16) for name, spec in merge.specs.items()}
     told: list[str] = []
-    written = Merge(**{**vars(merge), "specs": half})
+    written = replace(merge, specs=half)
     written.write(tmp_path, told.append)
     found = load_file(tmp_path / "model.safetensors")
     assert sorted(told) == sorted(found)
@@ -85,7 +86,7 @@ def test_exceptions_give_layers_and_modules_weights_of_their_own() -> None:
     other = MergePart(
         weight=1.0, exceptions=[MergeException(layers="0", modules=["mlp"], weight=0)]
     )
-    changed = Merge(**{**vars(merge), "models": [merge.models[0], (merge.models[1][0], other)]})
+    changed = replace(merge, models=[merge.models[0], (merge.models[1][0], other)])
     a, b = (load_file(ORACLE / f"{name}.safetensors") for name in ("a", "b"))
     assert torch.equal(changed.tensor(names[0]), a[names[0]])
     assert torch.allclose(changed.tensor(names[1]), (a[names[1]] + b[names[1]]) / 2)

@@ -13,7 +13,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from tests.trainer.conftest import VOCABULARY, tiny_llama
 from tuneyard.api.adapters import Adapter, Lora
-from tuneyard.api.merging import MergePart
+from tuneyard.api.merging import MergePart, MergeRecipe
 from tuneyard.errors import StageError
 from tuneyard_trainer.merging.merge import Merge
 from tuneyard_trainer.merging.opening import Named, Opened, open_models
@@ -41,7 +41,7 @@ def opened(base_folder: Path, *folders: Path, with_union: bool = False) -> Opene
 
 
 def merge_of(found: Opened, method: Any = "linear") -> Merge:
-    return Merge(method, found.models, found.base, dict(found.specs), 1.0, 1.0, 0)
+    return Merge(MergeRecipe(method=method), found.models, found.base, found.specs)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ Shapes: M models, B values of a block.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tuneyard.api.merging import ON_CHANGES, MergeException, MergeMethod, MergePart
+from tuneyard.api.merging import ON_CHANGES, MergeException, MergePart, MergeRecipe
 from tuneyard.errors import StageError
 from tuneyard_trainer.merging import arithmetic
 from tuneyard_trainer.merging.arithmetic import Block, Merger
@@ -31,19 +31,13 @@ BLOCK_VALUES = 1 << 20
 class Merge:
     """What is merged, and how."""
 
-    method: MergeMethod
+    recipe: MergeRecipe
     models: Sequence[tuple[Source, MergePart]]
     """In slerp two: the way leads from the first to the second."""
-    base: Source | None
-    """The model that all were tuned from. None: the method needs none."""
-    specs: dict[str, TensorSpec]
+    base: Source
+    """The model that all were tuned from."""
+    specs: Mapping[str, TensorSpec]
     """The tensors of the result."""
-    density: float
-    """Of the models that state none."""
-    scale: float
-    """Factor of the merged change, of the methods that merge changes."""
-    seed: int
-    """Of the drawn changes."""
 
     def write(self, folder: Path, before_tensor: Callable[[str], None]) -> None:
         """Write the merged weights into a folder, read them back and compare every bit.
@@ -73,34 +67,36 @@ class Merge:
     def _merger(self, name: str) -> Merger:
         weights, densities = zip(*(self._terms(part, name) for _, part in self.models), strict=True)
         blocks = _Blocks(self, name)
-        if self.method in ("linear", "slerp") and abs(sum(weights)) < arithmetic.NO_WEIGHT:
+        if self.recipe.method in ("linear", "slerp") and abs(sum(weights)) < arithmetic.NO_WEIGHT:
             raise _not_mergeable(
-                f"the weights of {name} add up to 0, and {self.method} divides by their sum"
+                f"the weights of {name} add up to 0, and {self.recipe.method} divides by their sum"
             )
-        match self.method:
+        match self.recipe.method:
             case "linear":
                 return arithmetic.linear(weights)
             case "slerp":
                 return arithmetic.slerp(weights[1] / sum(weights), blocks)
             case "taskArithmetic":
-                return arithmetic.task_arithmetic(weights, self.scale)
+                return arithmetic.task_arithmetic(weights, self.recipe.scale)
             case "ties":
-                return arithmetic.ties(weights, densities, self.scale, blocks)
+                return arithmetic.ties(weights, densities, self.recipe.scale, blocks)
             case "dareLinear" | "dareTies":
-                draws = [arithmetic.draw(self.seed, source.key, name) for source, _ in self.models]
+                draws = [
+                    arithmetic.draw(self.recipe.seed, source.key, name) for source, _ in self.models
+                ]
                 return arithmetic.dare(
                     weights,
                     densities,
-                    self.scale,
+                    self.recipe.scale,
                     draws=draws,
-                    elect_sign=self.method == "dareTies",
+                    elect_sign=self.recipe.method == "dareTies",
                 )
 
     def _terms(self, part: MergePart, name: str) -> tuple[float, float]:
         """Return a model's weight and density in a tensor."""
         found = next((each for each in part.exceptions if fits(each, name)), MergeException())
         weight = part.weight if found.weight is None else found.weight
-        densities = (found.density, part.density, self.density)
+        densities = (found.density, part.density, self.recipe.density)
         return weight, next(each for each in densities if each is not None)
 
     def _same(self, name: str) -> Tensor:
@@ -139,11 +135,11 @@ class _Blocks:
 
     def __call__(self) -> Iterator[Block]:
         """Yield the blocks, from the first on."""
-        base = self.merge.base if self.merge.method in ON_CHANGES else None
+        base = self.merge.base if self.merge.recipe.method in ON_CHANGES else None
         for number, (start, stop) in enumerate(self.ranges()):
             read = partial(_values, self.name, start, stop, self.dim)
             models_MB = torch.stack([read(source) for source, _ in self.merge.models])
-            yield Block(number, models_MB, base and read(base))
+            yield Block(number, models_MB, None if base is None else read(base))
 
 
 def _values(name: str, start: int, stop: int, dim: int, source: Source) -> Tensor:

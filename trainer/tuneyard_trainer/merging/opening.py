@@ -60,6 +60,8 @@ def open_models(base_folder: Path, models: Sequence[Named], *, with_union: bool)
 
     Raises StageError NotMergeable with everything that does not fit, or an error of a model.
     """
+    for folder in (base_folder, *(each.folder for each in models if not each.is_adapter)):
+        config_of(folder)  # a folder that is no model is named before its files are read
     skeleton = base.load_base(base_folder, dtype=stored_dtype(base_folder), device=base.META)
     whole = WholeModel("the base", "", stored_tensors(base_folder))
     rows = _row_names(skeleton) & whole.specs.keys()
