@@ -29,7 +29,7 @@ BLOCK_VALUES = 1 << 20
 
 @dataclass(frozen=True)
 class Merge:
-    """What is merged, and how."""
+    """The models and the arithmetic of a merge."""
 
     recipe: MergeRecipe
     models: Sequence[tuple[Source, MergePart]]
