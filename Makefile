@@ -165,6 +165,9 @@ requirements: $(UV) ## Resolve requirements/*.txt again
 	  --python-platform x86_64-manylinux_2_28 --no-emit-index-url --no-header \
 	  pyproject.toml --extra trainer requirements/test-vllm.in \
 	  --overrides requirements/test-vllm.overrides --output-file requirements/test-vllm.txt
+	$(UV) pip compile --quiet --upgrade --python-version 3.11 --generate-hashes \
+	  --python-platform x86_64-manylinux_2_28 --no-emit-index-url --no-header \
+	  requirements/mergekit.in --output-file requirements/mergekit.txt
 	$(UV) pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes \
 	  --no-emit-index-url --no-header pyproject.toml --extra operator \
 	  --constraints requirements/dev.txt --output-file requirements/operator.txt
@@ -176,9 +179,13 @@ requirements: $(UV) ## Resolve requirements/*.txt again
 	  --generate-hashes --no-emit-index-url --no-header - \
 	  --constraints requirements/dev.txt --output-file requirements/build.txt
 
+.PHONY: merge-oracle
+merge-oracle: .venv-mergekit/.installed ## Write what the tests of merging compare with, by mergekit
+	.venv-mergekit/bin/python scripts/merge_oracle.py tests/trainer/merging/mergekit
+
 .PHONY: clean
 clean: ## Remove build results, environments and the outputs of the examples
-	rm -rf $(VENV) .venv-vllm .tools dist examples/out .*_cache
+	rm -rf $(VENV) .venv-vllm .venv-mergekit .tools dist examples/out .*_cache
 
 .PHONY: help
 help: ## Show this help
@@ -206,6 +213,12 @@ $(VENV)/.trainer: requirements/trainer.txt requirements/demo.txt pyproject.toml 
 	VIRTUAL_ENV=.venv-vllm $(UV) pip install --quiet --require-hashes --no-deps \
 	  -r requirements/test-vllm.txt
 	VIRTUAL_ENV=.venv-vllm $(UV) pip install --quiet --no-deps --editable .
+	touch $@
+
+.venv-mergekit/.installed: requirements/mergekit.txt | $(UV)
+	$(UV) venv --quiet --allow-existing --python "$(VENV_PYTHON)" .venv-mergekit
+	VIRTUAL_ENV=.venv-mergekit $(UV) pip install --quiet --require-hashes --no-deps \
+	  -r requirements/mergekit.txt
 	touch $@
 
 $(VENV)/.dev: requirements/dev.txt requirements/demo.txt pyproject.toml | $(VENV)/bin/python

@@ -2,8 +2,8 @@
 
 Exit codes: 0: success; 1: the job failed while it ran, or generated files are out of date; 2: bad
 input; 130: interrupted. `gate` has codes of its own for its verdicts (`cli.gates`). Only `run`
-imports the trainer with torch and Ray, and `data` and `compare` import parts of it; only `operator`
-and the commands for a cluster import a Kubernetes client.
+imports the trainer with torch and Ray, and `data`, `compare` and `merge` import parts of it; only
+`operator` and the commands for a cluster import a Kubernetes client.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from tuneyard.cli.errors import needs_extra
 from tuneyard.cli.jobs import Kind
 from tuneyard.cli.manifest_files import FILE, STDIN, each_job, folder_of, read_jobs
 from tuneyard.cli.memory_view import memory_lines, print_memory
+from tuneyard.cli.merge import merge
 from tuneyard.cli.model_files import model_facts
 from tuneyard.cli.options import ClusterOptions, for_cluster
 from tuneyard.cli.plan_view import print_plan
@@ -96,7 +97,7 @@ def tuneyard() -> None:
     """
 
 
-for command in (starter.init, data_commands.data, compare, *cluster_commands.COMMANDS):
+for command in (starter.init, data_commands.data, compare, merge, *cluster_commands.COMMANDS):
     tuneyard.add_command(command)
 
 

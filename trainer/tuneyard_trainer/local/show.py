@@ -9,7 +9,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from tuneyard.api.plan import SourceInput
 from tuneyard.api.sources import DataFormat, FieldMap
 from tuneyard.api.stage_settings import DatasetSettings
 from tuneyard.errors import StageError
@@ -20,12 +19,10 @@ from tuneyard_trainer.data.reading.example import Example, RowError
 from tuneyard_trainer.data.reading.rows import read_data
 from tuneyard_trainer.data.reading.stream import Examples, examples
 from tuneyard_trainer.local.feedback_log import FeedbackLog, is_log
-from tuneyard_trainer.local.run import cache_folder
+from tuneyard_trainer.local.models import model_folder
 from tuneyard_trainer.models.base import load_tokenizer
-from tuneyard_trainer.models.gguf_unpack import unpacked
 from tuneyard_trainer.preference.rows import are_rated, parse_preferences, rates_one
 from tuneyard_trainer.reporting.formatting import harmless
-from tuneyard_trainer.storage import sources
 
 
 @dataclass(frozen=True)
@@ -93,17 +90,6 @@ def samples(file: Path, count: int, model: str | None, view: View) -> Iterator[S
         found = stream.summary
         left_out = f"{found.skipped} of the first {found.rows} rows are invalid and left out"
         yield Sample.of(f"{left_out}: {'; '.join(map(str, found.faults))}", [])
-
-
-def model_folder(model: str) -> Path:
-    """Return the folder of a model. `model`: a folder or a URI, which is fetched. Raises
-    StageError."""
-    if "://" not in model:
-        return Path(model)
-    cache = cache_folder()
-    source = SourceInput(uri=model, path="--model")
-    path = sources.fetch(source, base_dir=Path.cwd(), cache_dir=cache, kind="model")
-    return unpacked(path, cache) if path.suffix.lower() == ".gguf" else path
 
 
 def _plain(stream: Examples) -> Iterator[tuple[str, Example]]:

@@ -14,7 +14,7 @@ from tuneyard_trainer.data.encoding.tokenization import Encoded, Encoder, Misfit
 from tuneyard_trainer.data.reading.example import Example
 from tuneyard_trainer.data.reading.stream import FAULTS_SHOWN
 from tuneyard_trainer.local.check import BATCH_ROWS, Fault, spread
-from tuneyard_trainer.local.show import model_folder
+from tuneyard_trainer.local.models import model_folder
 from tuneyard_trainer.models.base import load_tokenizer
 from tuneyard_trainer.models.files import sequence_limit
 from tuneyard_trainer.preference.batches import encode_completions

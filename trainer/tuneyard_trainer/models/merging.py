@@ -62,29 +62,55 @@ def write_merged(model: Path, adapter: Path, folder: Path) -> float:
     original precision, also for QLoRA. Raises StageError: NotMergeable, ExportMismatch,
     WeightsNotFinite, or an error of the base or of the adapter.
     """
-    adapters.require_mergeable(adapter)
-    dtype = stored_dtype(model)
-    skeleton = base.load_base(model, dtype=dtype, device=base.META)
-    base.save_configs(skeleton, folder)
-    tensors = stored_tensors(model)
-    changed = {
-        stored.name: (layer, parameter)
-        for layer in _layers(skeleton, tensors, adapter)
-        for parameter, stored in layer.changed.items()
-    }
+    adapted = AdaptedTensors.of(model, adapter)
+    base.save_configs(adapted.skeleton, folder)
+    specs = {name: tensor.spec for name, tensor in adapted.base.items()}
     differences = [0.0]
 
     def tensor_of(name: str) -> Tensor:
-        if name not in changed:
-            return tensors[name].read()
-        layer, parameter = changed[name]
-        merged, difference = layer.merged(parameter)
+        merged, difference = adapted.merged(name)
         differences.append(difference)
         return merged
 
-    weight_files.write_checked(folder, {n: t.spec for n, t in tensors.items()}, tensor_of)
-    base.load_base(folder, dtype=dtype, device=base.META)
+    weight_files.write_checked(folder, specs, tensor_of)
+    base.load_base(folder, dtype=stored_dtype(model), device=base.META)
     return max(differences)
+
+
+@dataclass(frozen=True)
+class AdaptedTensors:
+    """The tensors of a base with an adapter merged into them. None is in memory."""
+
+    skeleton: PreTrainedModel
+    """The base without memory."""
+    base: Mapping[str, StoredTensor]
+    """By their names in the base's files."""
+    changed: Mapping[str, tuple[_Layer, str]]
+    """The layer of each tensor that the adapter changes, and its weight or bias."""
+
+    @classmethod
+    def of(cls, model: Path, adapter: Path) -> AdaptedTensors:
+        """Open the base in `model`, which holds the original precision, and an adapter of it.
+
+        Raises StageError NotMergeable, or an error of the base or of the adapter.
+        """
+        adapters.require_mergeable(adapter)
+        skeleton = base.load_base(model, dtype=stored_dtype(model), device=base.META)
+        tensors = stored_tensors(model)
+        changed = {
+            stored.name: (layer, parameter)
+            for layer in _layers(skeleton, tensors, adapter)
+            for parameter, stored in layer.changed.items()
+        }
+        return cls(skeleton, tensors, changed)
+
+    def merged(self, name: str) -> tuple[Tensor, float]:
+        """Return a tensor in its type in the base, and its largest relative difference from float64
+        arithmetic. Raises StageError ExportMismatch or WeightsNotFinite."""
+        if name not in self.changed:
+            return self.base[name].read(), 0.0
+        layer, parameter = self.changed[name]
+        return layer.merged(parameter)
 
 
 def _layers(
@@ -171,46 +197,47 @@ class _Layer:
 
     def merged(self, part: str) -> tuple[Tensor, float]:
         """Return the merged weight or bias in its type in the base, and its largest relative
-        difference from float64 arithmetic before the cast.
-
-        Raises StageError ExportMismatch above the tolerance, WeightsNotFinite.
+        difference from float64 arithmetic before the cast. Raises StageError ExportMismatch,
+        WeightsNotFinite.
         """
         stored = self.base[part]
-        outputs_dim = 1 if part == "weight" and self._transposed else 0
+        outputs_dim = self.outputs_dim(part)
         result = torch.empty(stored.spec.shape, dtype=stored.spec.dtype)
         differences = []
-        names = (*self.base, *self.adapter)
-        shared = {name: self._read(name) for name in names if self._outputs_dim(name) is None}
         for start, stop in self._blocks():
-            own = {name: self._read(name, start, stop) for name in names if name not in shared}
-            merged, difference = self._merged_block(part, {**shared, **own})
+            merged, difference = self.merged_block(part, start, stop)
             result.narrow(outputs_dim, start, stop - start).copy_(merged)
             differences.append(difference)
-            del own, merged  # before the next block is read
+            del merged  # before the next block is read
         weight_files.require_finite(stored.name, result)
-        largest = max(differences)
-        if not largest <= TOLERANCE:
-            raise read_back_mismatch(
-                "ExportMismatch",
-                f"the merged {stored.name} differs from float64 arithmetic by {largest:.3g} of its "
-                f"terms, and at most {TOLERANCE:g} is allowed.",
-            )
-        return result, largest
+        return result, max(differences)
 
-    def _merged_block(self, part: str, block: Mapping[str, Tensor]) -> tuple[Tensor, float]:
-        """Merge a block in place; return its weight or bias and the largest relative difference."""
+    def merged_block(self, part: str, start: int, stop: int) -> tuple[Tensor, float]:
+        """Return the merged weight or bias of the outputs from `start` to `stop`, in float32 or
+        better, and the largest relative difference from float64 arithmetic. Raises StageError
+        ExportMismatch above the tolerance."""
+        block = {name: self._read(name, start, stop) for name in (*self.base, *self.adapter)}
         expected, terms = self._expected(part, block)
         merged = self._merge(block)[part]
         found = merged.T if part == "weight" and self._transposed else merged
         difference = expected.sub_(found.reshape(expected.shape)).abs_()
-        return merged, float(difference.div_(terms.clamp_(min=TINY)).max())
+        largest = float(difference.div_(terms.clamp_(min=TINY)).max())
+        if largest > TOLERANCE:  # NaN is told by the check of the weights
+            raise read_back_mismatch(
+                "ExportMismatch",
+                f"the merged {self.base[part].name} differs from float64 arithmetic by "
+                f"{largest:.3g} of its terms, and at most {TOLERANCE:g} is allowed.",
+            )
+        return merged, largest
+
+    def outputs_dim(self, part: str) -> int:
+        """Return the dimension of the layer's outputs in its weight or bias."""
+        return 1 if part == "weight" and self._transposed else 0  # GPT-2's Conv1D is (I, O)
 
     def _outputs_dim(self, part: str) -> int | None:
         """Return the dimension of the layer's outputs in a tensor; None: there is none."""
-        if part == "weight":  # (O, I); of GPT-2's Conv1D (I, O)
-            return 1 if self._transposed else 0
-        if part == "bias":
-            return 0
+        if part in self.base:
+            return self.outputs_dim(part)
         return None if part == "ia3_l" and self.module.is_feedforward else PEFT_NAMES[part][1]
 
     @property
@@ -225,7 +252,7 @@ class _Layer:
         for start in range(0, outputs, step):
             yield start, min(start + step, outputs)
 
-    def _read(self, part: str, start: int = 0, stop: int = 0) -> Tensor:
+    def _read(self, part: str, start: int, stop: int) -> Tensor:
         """Read a tensor's share in the outputs from `start` to `stop`, or a tensor without outputs,
         in float32 or better."""
         stored = self.base[part] if part in self.base else self.adapter[part]
