@@ -52,16 +52,22 @@ def defenses(folder: Path, batch: int) -> dict[str, dict[str, Any]]:
     def preserve(**terms: Any) -> dict[str, Any]:
         return {"training": {"preserve": terms}}
 
+    def lora(rate: float) -> dict[str, Any]:
+        return {
+            "adapter": {"lora": {"rank": 16, "alpha": 32}},
+            "training": {"learningRate": rate},
+        }
+
     return {
         NO_DEFENSE: {},
         "replay, share 0.3": {"data": {"replay": {"data": data, "share": 0.3}}},
-        "L2-SP": preserve(l2Sp={"strength": 0.1}),
-        "EWC": preserve(ewc={"strength": 100.0, "samples": 12 * batch}, data=data),
+        "L2-SP, 0.1": preserve(l2Sp={"strength": 0.1}),
+        "L2-SP, 1": preserve(l2Sp={"strength": 1.0}),
+        "EWC, 100": preserve(ewc={"strength": 100.0, "samples": 12 * batch}, data=data),
+        "EWC, 1000": preserve(ewc={"strength": 1000.0, "samples": 12 * batch}, data=data),
         "KL": preserve(kl={"strength": 1.0, "batchSize": batch // 2}, data=data),
-        "LoRA": {
-            "adapter": {"lora": {"rank": 16, "alpha": 32}},
-            "training": {"learningRate": 0.002},
-        },
+        "LoRA, 0.002": lora(0.002),
+        "LoRA, 0.0005": lora(0.0005),
         "a third of the rate": {"training": {"learningRate": RATE / 3}},
         "guard, 0.1": {
             "training": {
