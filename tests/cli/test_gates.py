@@ -172,6 +172,22 @@ def test_verdicts_on_a_model_that_has_changed_since_are_refused(
     assert main.call(["gate", str(out)]) == 0, "an export that is not done changes no verdict"
 
 
+def test_verdicts_on_the_output_of_another_stage_than_the_manifests_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As after a step was added that trains the model further: the earlier one is still there."""
+    out = write_output(tmp_path / "out", [result(LOSS, "pass")])
+    manifest = write_manifest(tmp_path / "job.yaml", LOSS)
+    assert main.call(["gate", str(manifest)]) == 0
+    (out / "stages/earlier").mkdir()
+    (out / "stages/earlier/record.json").write_text(record("sft", "sha256:weights"))
+    (out / "stages/sft/record.json").write_text(record("sft", "sha256:others"))
+    assert main.call(["gate", str(out)]) == 0, "the folder alone does not say which is the model"
+    capsys.readouterr()
+    assert main.call(["gate", str(manifest)]) == 3
+    assert "tuned in" in capsys.readouterr().err
+
+
 def test_verdicts_that_missed_a_gate_are_refused_too_once_the_model_has_changed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from tuneyard.api.currency import EVALUATED, PATTERNS, changed_after_evaluation
 from tuneyard.api.evaluation import Gate
 from tuneyard.api.gates import GateResult, overall
-from tuneyard.api.plan import Plan
+from tuneyard.api.plan import Plan, StageInput
 from tuneyard.cli.errors import needs_extra
 from tuneyard.cli.jobs import JobView
 
@@ -67,7 +67,7 @@ def of_plan(plan: Plan, base_dir: Path) -> JobGates:
         )
     if uri.startswith("file://"):
         uri = str(base_dir / uri.removeprefix("file://"))
-    results = of_output(uri).results
+    results = of_output(uri, plan).results
     if len(results) != len(gates) or not all(map(GateResult.is_of, results, gates)):
         raise click.ClickException(
             f"spec.evaluate.gates of {plan.job.name} has changed since its evaluation: run the job "
@@ -76,16 +76,17 @@ def of_plan(plan: Plan, base_dir: Path) -> JobGates:
     return JobGates(plan.job.name, results)
 
 
-def of_output(uri: str) -> JobGates:
-    """Return the verdicts in an output. `uri`: a folder, or a URL that fsspec reads. Raises
-    ClickException if there are none, or if the model has changed since."""
+def of_output(uri: str, plan: Plan | None = None) -> JobGates:
+    """Return the verdicts in an output. `uri`: a folder, or a URL that fsspec reads. `plan`: of the
+    job. None: it is not known. Raises ClickException if there are none, or if the model has changed
+    since."""
     files = _remote(uri) if "://" in uri else _local(Path(uri))
     evaluations = [value for path, value in files.items() if path.endswith(EVALUATED)]
     if not evaluations:
         raise click.ClickException(
             f"{uri} has no evaluation: run the job, whose stage evaluate checks the gates"
         )
-    _refuse_outdated(uri, files)
+    _refuse_outdated(uri, files, plan)
     values = [value for found in evaluations for value in found.get("gates") or ()]
     if not values:
         raise click.ClickException(
@@ -100,9 +101,17 @@ def of_output(uri: str) -> JobGates:
         ) from error
 
 
-def _refuse_outdated(uri: str, files: Mapping[str, Any]) -> None:
+def _refuse_outdated(uri: str, files: Mapping[str, Any], plan: Plan | None) -> None:
     """Raise ClickException if the model or the data changed after the evaluation."""
-    changed = changed_after_evaluation(files)
+    sources = {
+        stage.name: {
+            role: source.stage
+            for role, source in stage.inputs.items()
+            if isinstance(source, StageInput)
+        }
+        for stage in (plan.stages if plan else ())
+    }
+    changed = changed_after_evaluation(files, sources)
     if changed:
         raise click.ClickException(
             f"{', '.join(changed)} in {uri} changed after the evaluation: run the job, "
