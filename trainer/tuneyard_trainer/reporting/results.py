@@ -409,8 +409,8 @@ def _alignment_comparisons(metrics: Mapping[str, float], evidence: _Evidence) ->
             base = 0.5 if is_share else metrics.get(prefixed("start", name))
             shown = percent if is_share else number
             verdict = _verdict(metrics[name], base)
-            before = f"{shown(base)} by chance" if is_share else shown(base)
-            row = Comparison(label, before, shown(metrics[name]), "", verdict)
+            start = f"{shown(base)} by chance" if is_share else shown(base)
+            row = Comparison(label, start, shown(metrics[name]), "", verdict)
             rows.append(evidence.marked(row, name, base if is_share else None))
     for label, name in REWARD_HACKING_SIGNS.items():
         if name in metrics:
