@@ -55,6 +55,32 @@ def test_axe_finds_nothing_and_the_page_does_not_scroll_sideways(
     assert [(each["id"], each["nodes"][0]["target"]) for each in found] == []
 
 
+def test_in_print_a_number_is_on_one_line_and_no_table_leaves_the_paper(
+    opened: Open, tmp_path: Path
+) -> None:
+    found = comparison(tmp_path)
+    long = found.metrics[0].model_copy(
+        update={"metric": "manners/accuracyPerCharacter", "intervals": [(-1.486, 1.475)] * 2}
+    )
+    path = tmp_path / "long.html"
+    write(found.model_copy(update={"metrics": [long, *found.metrics]}), path)
+    page = opened(path, viewport={"width": 680, "height": 960})  # A4 without its margins
+    page.emulate_media(media="print")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 680
+    row = page.get_by_role("row").filter(has_text="manners/accuracyPerCharacter")
+    cell = row.get_by_role("cell").first
+    count = """each => {
+      const range = new Range();
+      range.selectNodeContents(each);
+      return range.getClientRects().length;
+    }"""
+    assert (cell.inner_text(), cell.evaluate(count)) == ("2.000", 1)
+    bars, card = row.locator("svg").bounding_box(), page.locator(".card", has=row).bounding_box()
+    assert bars is not None
+    assert card is not None
+    assert bars["x"] + bars["width"] < card["x"] + card["width"] - 8
+
+
 def test_the_jobs_are_side_by_side_in_the_table_and_the_answers(opened: Open) -> None:
     page = opened()
     row = page.get_by_role("row").filter(has_text="validationLoss, lower is better")

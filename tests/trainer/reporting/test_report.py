@@ -506,7 +506,7 @@ def test_any_history_is_plotted_without_a_warning(
 
 def test_a_long_title_is_inside_the_plot() -> None:
     """A name of 40 characters, and the longest of the first rows of a comparison."""
-    name = "support-assistant-in-english-and-danish-2"[:40]
+    name = "support-assistant-in-english-and-danish"
     title = f"{name}: reward model accuracy 50 % by chance → 100 %"
     curves = plots.Curves((plots.Panel("Loss", "loss", [(1, 1.0)], []),), [(1, 1.0)])
     with Image.open(io.BytesIO(plots.draw(curves, title))) as image:

@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
 from tuneyard.api.plan import StageRecord
 from tuneyard.api.stage_settings import StageKind
 from tuneyard_trainer.reporting.formatting import ABSENT, count, number
@@ -615,9 +613,10 @@ def _stages_of_run(folder: Path, known: Mapping[str, StageRecord]) -> list[Stage
 
 
 def _record(folder: Path) -> StageRecord | None:
+    """Return the record in a stage's folder. None: there is none, or another version wrote it."""
     try:
         return StageRecord.model_validate(_json(folder / "record.json"))
-    except ValidationError:
+    except ValueError:
         return None
 
 
