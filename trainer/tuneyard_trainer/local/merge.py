@@ -13,7 +13,8 @@ import yaml
 from tuneyard.api.merging import MergePart, MergeRecipe
 from tuneyard_trainer.local.models import model_folder
 from tuneyard_trainer.local.run import cache_folder
-from tuneyard_trainer.merging.write import Named, write_merged
+from tuneyard_trainer.merging.opening import Named
+from tuneyard_trainer.merging.write import write_merged
 from tuneyard_trainer.storage.sources import decisive_digest
 
 RECORD = "merge.yaml"
