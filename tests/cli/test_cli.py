@@ -27,7 +27,7 @@ SUPPORT_BOT = str(GOLDEN / "manifests" / "support-bot.yaml")
 COMMANDS = [
     *("init", "validate", "plan", "render", "run", "crds"),
     *("status", "logs", "suspend", "resume", "cancel", "delete", "operator", "data", "gate"),
-    "compare",
+    *("compare", "merge"),
 ]
 
 
