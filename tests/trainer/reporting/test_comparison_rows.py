@@ -35,7 +35,7 @@ RIGHT = {"answerAccuracy": 0.875, "baseAnswerAccuracy": 0.5}
         ({"answerAccuracy": 0.5}, {}, ("\N{EN DASH}", "50 %", "", "")),
         ({"exactMatch": 0.5, "baseExactMatch": 0.5}, {}, ("50 %", "50 %", "", "")),
         ({"bleu": 12.345, "baseBleu": 20.0}, {}, ("20.00", "12.35", "", "worse")),
-        ({"winRate": 0.75}, {}, ("50 %", "75 %", "", "better")),
+        ({"winRate": 0.75}, {}, ("50 % by chance", "75 %", "", "better")),
         ({"reward": 1.5, "startReward": 2.0}, {}, ("2.000", "1.500", "", "worse")),
         ({"repetition": 0.9, "startRepetition": 0.1}, {}, ("0.100", "0.900", "", "")),
         (
