@@ -1,4 +1,4 @@
-"""Merging: `spec.merge`, a model made from the weights of several."""
+"""Merging: a model made from the weights of several."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pydantic import Field
 
 from tuneyard.api.adapters import LayerRanges, ModuleNames
 from tuneyard.api.meta import Model
-from tuneyard.api.sources import ModelSource
 
 MergeMethod = Literal["linear", "slerp", "taskArithmetic", "ties", "dareLinear", "dareTies"]
 ON_CHANGES: tuple[MergeMethod, ...] = ("taskArithmetic", "ties", "dareLinear", "dareTies")
@@ -39,8 +38,8 @@ class MergePart(Model):
     weight: Weight = 1.0
     """Weight of the model. linear and slerp divide it by the sum of all weights."""
     density: Density | None = None
-    """Share of the changes that is kept (ties: the largest; dareLinear, dareTies: drawn). None:
-    `merge.density`."""
+    """Share of the changes that is kept (ties: the largest; dareLinear, dareTies: drawn). None: the
+    recipe's."""
     exceptions: list[MergeException] = Field(default=[], max_length=64)
     """Tensors with another weight or density. The first that fits holds."""
 
@@ -64,7 +63,3 @@ class MergeRecipe(Model):
     tokenizer: Literal["base", "union"] = "base"
     """Tokens of the result. base: those of the base; tokens that models have added are left out.
     union: these too."""
-
-
-class MergedModel(ModelSource, MergePart):
-    """A model, or an adapter of the job's base, that is merged."""
