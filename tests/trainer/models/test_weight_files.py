@@ -22,6 +22,7 @@ from tuneyard_trainer.models.weight_files import (
     TensorSpec,
     require_finite,
     stored_tensors,
+    tensors_in,
     write,
     written_mismatch,
 )
@@ -178,3 +179,19 @@ def test_weights_that_are_not_finite_are_refused(wrong: float) -> None:
     assert caught.value.reason == "WeightsNotFinite"
     require_finite("w", torch.tensor([1.0, -1e30]))
     require_finite("ids", torch.tensor([1, 2]))
+
+
+def test_a_part_of_a_tensor_is_read_without_the_rest(tmp_path: Path) -> None:
+    """A merge reads a tensor in hundreds of parts: each must not cost the whole tensor."""
+    save_file({"a": torch.arange(1 << 20).reshape(1024, 1024)}, tmp_path / "a.safetensors")
+    (stored,) = tensors_in(tmp_path / "a.safetensors")
+
+    def characters_read() -> int:
+        found = re.search(r"rchar: (\d+)", Path("/proc/self/io").read_text())
+        return int(found[1]) if found else 0
+
+    before = characters_read()
+    part = stored.read_part(3, 5)
+    assert characters_read() - before < stored.spec.num_bytes / 100
+    assert torch.equal(part, torch.arange(3 * 1024, 5 * 1024).reshape(2, 1024))
+    assert torch.equal(stored.read_part(3, 5, 1)[7], torch.tensor([7 * 1024 + 3, 7 * 1024 + 4]))

@@ -82,25 +82,29 @@ class StoredTensor:
     def read(self, dtype: torch.dtype | None = None) -> Tensor:
         """Read the whole tensor, cast to `dtype` (None: its own) a part at a time. Raises
         StageError ModelBroken."""
-        with _opened(self.file) as file:
-            if dtype in (None, self.spec.dtype) or not self.spec.shape:
+        if dtype in (None, self.spec.dtype) or not self.spec.shape:
+            with _opened(self.file) as file:
                 whole: Tensor = file.get_tensor(self.name).to(dtype)
                 return whole
-            rows, parts = self.spec.shape[0], file.get_slice(self.name)
-            result = torch.empty(self.spec.shape, dtype=dtype)
-            step = max(1, _AT_A_TIME * rows // max(1, result.numel()))
-            for start in range(0, rows, step):
-                stop = min(start + step, rows)
-                result[start:stop] = parts[start:stop]
-            return result
+        rows = self.spec.shape[0]
+        result = torch.empty(self.spec.shape, dtype=dtype)
+        step = max(1, _AT_A_TIME * rows // max(1, result.numel()))
+        for start in range(0, rows, step):
+            stop = min(start + step, rows)
+            result[start:stop] = self.read_part(start, stop)
+        return result
 
     def read_part(self, start: int, stop: int, dim: int = 0) -> Tensor:
         """Read the indices from `start` to `stop` of dimension 0 or 1, and nothing else of the
-        tensor if `dim` is 0. Raises StageError ModelBroken."""
-        with _opened(self.file) as file:
+        tensor if `dim` is 0. Raises StageError ModelBroken.
+
+        From a memory-mapped file: safetensors' `pread` reads a whole tensor for each of its parts.
+        The part is copied, so that nothing stays mapped.
+        """
+        with _opened(self.file, mapped=True) as file:
             whole = file.get_slice(self.name)
             part: Tensor = whole[start:stop] if dim == 0 else whole[:, start:stop]
-            return part
+            return part.clone(memory_format=torch.contiguous_format)
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
@@ -137,14 +141,16 @@ def tensors_in(path: Path) -> list[StoredTensor]:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def _opened(path: Path, *, mapped: bool = False) -> Iterator[Any]:
     """Open a safetensors file, whose errors become StageErrors.
 
-    `pread` copies what is asked for. The pages of a memory-mapped file would count as memory of the
-    process, and a file of the base may hold the whole model.
+    `mapped`: map the file into memory. Its pages count as memory of the process while they are
+    mapped, and a file of the base may hold the whole model; without it, what is asked for is
+    copied.
     """
+    how = {} if mapped else {"backend": "pread"}
     try:
-        with safe_open(path, framework="pt", backend="pread") as file:
+        with safe_open(path, framework="pt", **how) as file:
             yield file
     except (SafetensorError, OSError) as error:
         raise _broken(path, first_line(error)) from error
