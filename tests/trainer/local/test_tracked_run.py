@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import time
@@ -84,8 +85,9 @@ def test_a_killed_run_whose_server_dies_too_becomes_one_whole_run(
     try:
         code, out, err = finish(resumed)
         assert code == 0, err
-        # On a busy machine the request that the stop cut off may outlast the job.
-        assert err.count("cannot be reached; the job goes on") <= 1
+        # The stop may cut off a request, which then ends at its time limit.
+        told = re.findall(r"(cannot be reached|does not respond within 10 s); the job goes on", err)
+        assert len(told) == 1, err
         assert "lines of metrics and its end are missing" in err
         assert "Traceback" not in err
     finally:

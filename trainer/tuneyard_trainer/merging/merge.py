@@ -21,6 +21,7 @@ from tuneyard.errors import StageError
 from tuneyard_trainer.merging import arithmetic
 from tuneyard_trainer.merging.arithmetic import Block, Merger
 from tuneyard_trainer.merging.sources import Source
+from tuneyard_trainer.models.layers import layer_ranges
 from tuneyard_trainer.models.weight_files import TensorSpec, write_checked
 
 BLOCK_VALUES = 1 << 20
@@ -153,17 +154,15 @@ def fits(exception: MergeException, name: str) -> bool:
     """Return whether a tensor is one of those that an exception names."""
     if exception.layers is not None:
         layer = _LAYER.search(name)
-        if layer is None or not _contains(exception.layers, int(layer[1])):
+        ranges = layer_ranges(exception.layers)
+        if layer is None or not any(low <= int(layer[1]) <= high for low, high in ranges):
             return False
     return exception.modules is None or any(f".{m}." in f".{name}." for m in exception.modules)
 
 
-def _contains(ranges: str, index: int) -> bool:
-    parts = (part.partition("-") for part in ranges.split(","))
-    return any(int(first) <= index <= int(last or first) for first, _, last in parts)
-
-
 def _not_mergeable(what: str) -> StageError:
     return StageError(
-        "NotMergeable", f"{what}.", advice="Change merge.with, or the weights of its models."
+        "NotMergeable",
+        f"{what}.",
+        advice="Change the weights of the models, or leave one of them out.",
     )

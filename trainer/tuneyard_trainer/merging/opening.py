@@ -37,7 +37,7 @@ class Named:
     @property
     def is_adapter(self) -> bool:
         """Whether the folder holds an adapter."""
-        return (self.folder / adapters.CONFIG).exists()
+        return adapters.is_adapter(self.folder)
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def open_models(base_folder: Path, models: Sequence[Named], *, with_union: bool)
         for fault in (
             *_other_architecture(skeleton, named),
             *_other_tensors(whole, source, rows),
-            *_other_tokens(tokenizer, own),
+            *(_other_tokens(tokenizer, own) if own is not tokenizer else ()),
         )
     ]
     if faults:
@@ -85,17 +85,12 @@ def open_models(base_folder: Path, models: Sequence[Named], *, with_union: bool)
             f"the models cannot be merged: {'; '.join(faults)}.",
             advice="Name models that were tuned from the base, or take these out of the merge.",
         )
-    added = [own for own in tokenizers if with_union]
-    ids = union(tokenizer.get_vocab(), [own.get_vocab() for own in added])
-    in_base, in_models = arrange(
-        whole,
-        tokenizer.get_vocab(),
-        sources,
-        [own.get_vocab() for own in tokenizers],
-        rows,
-        ids,
-    )
-    _add_tokens(tokenizer, added, ids)
+    vocabulary = tokenizer.get_vocab()
+    vocabularies = [vocabulary if own is tokenizer else own.get_vocab() for own in tokenizers]
+    ids = union(vocabulary, vocabularies if with_union else [])
+    in_base, in_models = arrange(whole, vocabulary, sources, vocabularies, rows, ids)
+    if with_union:
+        _add_tokens(tokenizer, tokenizers, ids)
     skeleton.config.get_text_config().vocab_size = len(in_base.places)
     return Opened(
         in_base,
@@ -203,5 +198,5 @@ def _add_tokens(
         raise StageError(
             "NotMergeable",
             f"the base's tokenizer cannot take the tokens of the other models: {odd}.",
-            advice="Set merge.tokenizer to base.",
+            advice="Merge with the tokens of the base alone: tokenizer base.",
         )

@@ -98,7 +98,7 @@ class AdaptedModel:
 def open_source(folder: Path, base: Path, label: str, key: str) -> Source:
     """Open a model, or an adapter of the model in `base`, in the folder. Raises StageError
     NotMergeable, or an error of the model or of the adapter."""
-    if (folder / adapters.CONFIG).exists():
+    if adapters.is_adapter(folder):
         return AdaptedModel(label, key, AdaptedTensors.of(base, folder))
     return WholeModel(label, key, stored_tensors(folder))
 

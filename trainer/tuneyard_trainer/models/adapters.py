@@ -309,6 +309,11 @@ def disabled(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(requires_grad)
 
 
+def is_adapter(folder: Path) -> bool:
+    """Return whether a folder holds an adapter, and no whole model."""
+    return (folder / CONFIG).exists()
+
+
 def require_mergeable(folder: Path) -> None:
     """Raise StageError NotMergeable for a saved adapter of a kind other than LoRA and (IA)^3."""
     kind = config_of(folder)["peft_type"]

@@ -67,6 +67,12 @@ def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     )
 
 
+def layer_ranges(ranges: str) -> list[tuple[int, int]]:
+    """Return the first and the last layer of each part of ranges such as "0-3,8"."""
+    parts = [part.partition("-") for part in ranges.split(",")]
+    return [(int(first), int(last or first)) for first, _, last in parts]
+
+
 def layer_indices(ranges: str | None, count: int, field: str) -> list[int]:
     """Return the indices of layers such as "0-3,8", ascending; None: all `count` layers.
 
@@ -75,9 +81,7 @@ def layer_indices(ranges: str | None, count: int, field: str) -> list[int]:
     if ranges is None:
         return list(range(count))
     chosen: set[int] = set()
-    for part in ranges.split(","):
-        first, _, last = part.partition("-")
-        low, high = int(first), int(last or first)
+    for part, (low, high) in zip(ranges.split(","), layer_ranges(ranges), strict=True):
         if low > high or high >= count:
             wrong = "is descending" if low > high else f"names layer {high}"
             raise StageError(

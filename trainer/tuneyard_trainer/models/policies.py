@@ -127,7 +127,7 @@ def load(
     if shards > 1 and not adapter:
         require_same_names(base)
     model: nn.Module = base
-    if adapter and trained and _is_adapter(trained):
+    if adapter and trained and adapters.is_adapter(trained):
         model = adapters.load(base, trained, trainable=True)
     elif adapter:
         model = adapters.attach(base, adapter, seed=loop.seed, tokenizer=tokenizer)
@@ -175,7 +175,7 @@ def load_for_inference(
     workers that each keep a part of it; 1: each keeps all of it."""
     base = load_base(_base(inputs), dtype=inference_type(device), device=device, shards=shards)
     trained = _trained(inputs)
-    if trained and _is_adapter(trained):
+    if trained and adapters.is_adapter(trained):
         return adapters.load(base, trained)
     return base.eval()
 
@@ -188,11 +188,7 @@ def _trained(inputs: Mapping[str, Path]) -> Path | None:
 def _base(inputs: Mapping[str, Path]) -> Path:
     """Return the folder of the base: an earlier stage's whole weights, or the input `model`."""
     trained = _trained(inputs)
-    return trained if trained and not _is_adapter(trained) else inputs["model"]
-
-
-def _is_adapter(weights: Path) -> bool:
-    return (weights / adapters.CONFIG).exists()
+    return trained if trained and not adapters.is_adapter(trained) else inputs["model"]
 
 
 class Reference:

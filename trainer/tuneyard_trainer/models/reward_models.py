@@ -50,7 +50,7 @@ def base_weights(inputs: Mapping[str, Path], spare: Path) -> Path:
     tuned = inputs["tuned"] / policies.WEIGHTS if "tuned" in inputs else None
     if tuned is None:
         return inputs["model"]
-    if not (tuned / adapters.CONFIG).exists():
+    if not adapters.is_adapter(tuned):
         return tuned
     shutil.rmtree(spare, ignore_errors=True)
     write_merged(inputs["model"], tuned, spare)

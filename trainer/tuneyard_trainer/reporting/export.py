@@ -68,7 +68,7 @@ def _export(context: StageContext, *, merge: bool) -> dict[str, float]:
     """Write the adapter and the model, and return what the checks measured."""
     inputs, workdir, report_progress = context.inputs, context.workdir, context.worker.report
     weights = inputs["tuned"] / "weights"
-    if not (weights / adapters.CONFIG).exists():
+    if not adapters.is_adapter(weights):
         report_progress(message="writing the model and reading it back")
         return {"modelTensors": _export_whole(inputs, workdir / MODEL)}
     report_progress(message="writing the adapter and reading it back")
