@@ -109,6 +109,15 @@ def test_vllm_is_refused_where_nothing_is_asked(changes: dict[str, Any], is_refu
 # ---- memory -------------------------------------------------------------------------------------
 
 
+def test_vllm_is_refused_for_an_alignment_whose_evaluation_asks_nothing() -> None:
+    asks_nothing = alignment("dpo", preferences__heldOut=0, **VLLM)
+    assert "preferences.heldOut" in refused(asks_nothing)[PATH]
+    with_suite = alignment("dpo", preferences__heldOut=0, evaluate__suites=REFUSALS, **VLLM)
+    assert evaluation(plan_job(with_suite)).engine == "vllm"
+    held_out = alignment("dpo", **VLLM)
+    assert evaluation(plan_job(held_out)).engine == "vllm"
+
+
 def moments(job: Job) -> dict[str, dict[str, int]]:
     stage = next(stage for stage in job.memory({}) if stage.stage == "evaluate")
     return {moment.name: {part.name: part.size for part in moment.parts} for moment in stage.device}

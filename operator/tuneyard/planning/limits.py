@@ -100,7 +100,11 @@ def fine_tuning_faults(spec: FineTuneSpec) -> list[Fault]:
         *_engine_faults(spec),
         *_sharding_faults(spec),
         *_evaluation_engine_faults(spec.evaluate, spec.adapter, [("spec.training", spec.training)]),
-        *_unused_evaluation_engine(spec),
+        *_unused_evaluation_engine(
+            spec.evaluate,
+            asks=spec.method == "sft" and spec.data.validation is not None,
+            remedy="hold out questions with data.validation",
+        ),
         *suite_faults(spec.evaluate.suites),
         *_win_rate_faults(spec),
         *_answer_faults(spec),
@@ -157,6 +161,11 @@ def alignment_faults(spec: AlignmentSpec) -> list[Fault]:
         *_independence_faults(spec),
         *_distillation_faults(spec),
         *_evaluation_engine_faults(spec.evaluate, spec.adapter, _trainings(spec)),
+        *_unused_evaluation_engine(
+            spec.evaluate,
+            asks=_may_ask(spec),
+            remedy="hold out rows with sft.data.validation, or pairs with preferences.heldOut",
+        ),
         *suite_faults(spec.evaluate.suites),
         *_suites_of_rewards(spec),
         *_unanswered(spec),
@@ -361,16 +370,23 @@ def _evaluation_engine_faults(
         )
 
 
-def _unused_evaluation_engine(spec: FineTuneSpec) -> Iterator[Fault]:
-    """Yield a fault if vLLM would have nothing to answer."""
-    asks = spec.method == "sft" and spec.data.validation is not None
-    suites = any(suite.answers or suite.refusals for suite in spec.evaluate.suites)
-    if spec.evaluate.engine == "vllm" and not (asks or suites):
+def _unused_evaluation_engine(evaluate: Evaluate, *, asks: bool, remedy: str) -> Iterator[Fault]:
+    """Yield a fault if vLLM would have nothing to answer. `asks`: whether the evaluation asks
+    prompts beside those of suites. `remedy`: how it would."""
+    suites = any(suite.answers or suite.refusals for suite in evaluate.suites)
+    if evaluate.engine == "vllm" and not (asks or suites):
         yield Fault(
             "spec.evaluate.engine",
-            "vllm answers prompts, and this evaluation has none: hold out questions with "
-            "data.validation, add a suite with answers or refusals, or remove engine",
+            f"vllm answers prompts, and this evaluation has none: {remedy}, add a suite with "
+            "answers or refusals, or remove engine",
         )
+
+
+def _may_ask(spec: AlignmentSpec) -> bool:
+    """Return whether the evaluation of an alignment may have prompts beside those of suites."""
+    if spec.optimize:
+        return _has_evaluation_prompts(spec) or spec.optimize.distill is not None
+    return bool(spec.constitution or (spec.sft and spec.sft.data.validation))
 
 
 def _distillation_faults(spec: AlignmentSpec) -> Iterator[Fault]:

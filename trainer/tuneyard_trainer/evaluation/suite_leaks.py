@@ -141,7 +141,7 @@ def _training_data(
     context: StageContext, settings: LeaksSettings
 ) -> Iterator[tuple[str, Searched]]:
     """Yield the field and the rows of each data set. Invalid rows are left out: the stages that
-    train on them report them."""
+    train on them report them. Raises StageError InvalidData for an invalid prompt."""
     for number, dataset in enumerate(settings.train):
         path, name = _place(context, f"train.{number}")
         yield name, _rows(path, dataset, name)
